@@ -1,0 +1,279 @@
+"""The words that every room shares: points, requests, steps, receipts, and the protocols between rooms.
+
+Knows nothing about models, kernels, text or the network. Imports only the standard library and numpy, so that
+anything may import it. Times are monotonic nanoseconds (`time.monotonic_ns`) unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+F32: TypeAlias = npt.NDArray[np.float32]
+I32: TypeAlias = npt.NDArray[np.int32]
+U8: TypeAlias = npt.NDArray[np.uint8]
+U32: TypeAlias = npt.NDArray[np.uint32]
+
+KV_BLOCK_TOKENS = 32
+"""Tokens in one KV block: the unit of paging, of prefix hashing, and of one attention chunk."""
+
+Planes: TypeAlias = Literal["full", "bf16", "hi", "hi+lo"]
+KvType: TypeAlias = Literal["f32", "bf16", "int8"]
+FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter"]
+Outcome: TypeAlias = Literal["met", "met_lower_point", "truncated", "missed", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One way to run a model. Points with the same `family` are switchable: they share weights and KV layout."""
+
+    name: str
+    planes: Planes
+    activations: Literal["f32", "bf16", "int8"]
+    head: Planes
+    """Which planes the vocabulary head reads; it may be richer than the body."""
+    default_kv: KvType
+    tile_mask: str | None = None
+
+    @property
+    def family(self) -> str:
+        """Name of the set of points that may follow each other inside one answer."""
+        return "nested" if self.planes in ("hi", "hi+lo") else self.planes
+
+
+POINTS: Mapping[str, Point] = {
+    "full": Point("full", planes="full", activations="f32", head="full", default_kv="f32"),
+    "bf16": Point("bf16", planes="bf16", activations="bf16", head="bf16", default_kv="bf16"),
+    "int8": Point("int8", planes="hi+lo", activations="int8", head="hi+lo", default_kv="bf16"),
+    "int4": Point("int4", planes="hi", activations="int8", head="hi+lo", default_kv="bf16"),
+}
+
+
+# ---- one step -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """What one step computes. Tokens of several sequences lie one after the other; a sequence's tokens are a span.
+
+    Token `i` of span `s` has position `past[s] + i` and writes its K and V there before it attends.
+    """
+
+    token_ids: I32  # [tokens]
+    span_starts: I32  # [sequences + 1], span_starts[0] = 0, span_starts[-1] = tokens
+    past: I32  # [sequences] tokens already held in KV
+    block_tables: I32  # [sequences, max_blocks] KV block ids; unused entries are -1
+    logit_rows: I32  # [rows] indexes into token_ids whose logits are wanted, ascending
+    point: str
+
+    @property
+    def tokens(self) -> int:
+        return int(self.token_ids.shape[0])
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one step returns. `logits` may be a view that the next step overwrites: copy what must outlive it."""
+
+    logits: F32  # [rows, vocab]
+    argmax: I32  # [rows] the lowest token id among the greatest logits
+    elapsed_ns: int
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Runs a plan, one whole step per call. Everything above it is the same for every device."""
+
+    vocab_size: int
+    max_step_tokens: int
+    kv_blocks: int
+    kv_bytes_per_block: int
+    kv_type: KvType
+    points: tuple[str, ...]
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Compute one step. Raises `InputError` for a batch that contradicts itself; never aborts."""
+        ...
+
+    def copy_blocks(self, pairs: I32) -> None:
+        """Copy KV blocks of every layer. `pairs` is int32 [n, 2]: (from, to)."""
+        ...
+
+    def close(self) -> None:
+        """Release threads and memory; idempotent."""
+        ...
+
+
+@runtime_checkable
+class SequenceState(Protocol):
+    """What a sequence remembers between steps: paged KV today, sliding windows and recurrent states later.
+
+    The scheduler, speculation, sessions and the prefix cache use only this.
+    """
+
+    length: int
+
+    def append(self, tokens: int) -> None:
+        """Make room for `tokens` more. Raises `OverloadError` (code `kv_exhausted`) and changes nothing if it cannot."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        ...
+
+    def fork(self) -> SequenceState:
+        """A second state with the same past; storage is shared until one of them writes."""
+        ...
+
+    def snapshot(self) -> I32:
+        """The block table that a step reads, int32 [blocks]."""
+        ...
+
+    def bytes(self) -> int:
+        """Bytes held, shared storage counted once per holder."""
+        ...
+
+    def release(self) -> None:
+        """Give everything back; idempotent."""
+        ...
+
+
+# ---- text-shaped things that the engine meets only through these --------------------------------------------------
+
+
+@runtime_checkable
+class TokenConstraint(Protocol):
+    """A grammar over token ids. One object per sequence; implemented in `text`."""
+
+    def mask(self) -> U32:
+        """Allowed next tokens, uint32 [(vocab + 31) // 32], bit `id % 32` of word `id // 32`."""
+        ...
+
+    def accept(self, token_id: int) -> bool:
+        """Advance. False (and no change) if the token is not allowed."""
+        ...
+
+    def rollback(self, tokens: int) -> None:
+        """Take the last `tokens` accepted tokens back."""
+        ...
+
+    def tokens_to_close(self) -> Sequence[int]:
+        """A shortest known continuation that completes the answer validly; empty if it may end here."""
+        ...
+
+    def is_complete(self) -> bool:
+        """True if the answer may end here."""
+        ...
+
+    def fork(self) -> TokenConstraint:
+        """An independent copy at the same position."""
+        ...
+
+
+@runtime_checkable
+class StopMatcher(Protocol):
+    """Turns token ids into text and finds stop strings in it. One object per sequence; implemented in `text`."""
+
+    def push(self, token_id: int) -> str:
+        """Text that is now certain: whole UTF-8 characters that cannot be the start of a stop string."""
+        ...
+
+    def flush(self) -> str:
+        """What was held back, when the answer ends without a stop string."""
+        ...
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that was found, or None."""
+        ...
+
+
+# ---- requests and receipts ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Ranges are checked by `engine.sampler.validate`, which names the offending parameter."""
+
+    max_tokens: int = 256
+    min_tokens: int = 0
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    """None draws a fresh seed; the receipt says which, so any answer can be repeated."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    """Number of alternatives reported per token; 0 reports the chosen token only; None reports nothing."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+
+
+@dataclass(slots=True)
+class TokenLogprob:
+    """Natural-log probability of a chosen token and of the likeliest alternatives, after penalties, at temperature 1."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(slots=True)
+class ScheduleEntry:
+    """A run of steps at one operating point."""
+
+    point: str
+    steps: int
+    tokens: int
+
+
+@dataclass(slots=True)
+class Receipt:
+    """The account attached to every answer. Milliseconds are floats; None means 'not asked' or 'not measured'."""
+
+    budget_ms: float | None = None
+    predicted_ms: float | None = None
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    total_ms: float = 0.0
+    ttft_ms: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    schedule: list[ScheduleEntry] = field(default_factory=list)
+    estimated_error: float | None = None
+    """Mean KL to `full` in nats per token at the points that were run, as measured for the artifact; None if never measured."""
+    outcome: Outcome | None = None
+    """None when no budget was given."""
+    seed: int | None = None
+    model: str = ""
+    threads: int = 0
+    isa: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-ready copy."""
+        from dataclasses import asdict
+
+        return asdict(self)
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Receives what happened; the engine knows nothing more about it (the monitor and the metrics are observers)."""
+
+    def on_step(self, batch: StepBatch, result: StepResult) -> None: ...
+
+    def on_finish(self, receipt: Receipt) -> None: ...
