@@ -23,8 +23,7 @@ def cache_dir() -> Path:
 def offline() -> bool:
     """True if nothing may be fetched: `HAOMIAO_OFFLINE` or `HF_HUB_OFFLINE` is set to a true value."""
     return any(
-        os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
-        for name in ("HAOMIAO_OFFLINE", "HF_HUB_OFFLINE")
+        os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in ("HAOMIAO_OFFLINE", "HF_HUB_OFFLINE")
     )
 
 

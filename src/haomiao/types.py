@@ -118,7 +118,7 @@ class SequenceState(Protocol):
     length: int
 
     def append(self, tokens: int) -> None:
-        """Make room for `tokens` more. Raises `OverloadError` (code `kv_exhausted`) and changes nothing if it cannot."""
+        """Make room for `tokens` more. Raises `KvExhaustedError` and changes nothing if it cannot."""
         ...
 
     def truncate(self, length: int) -> None:
@@ -223,7 +223,7 @@ class SamplingParams:
 
 @dataclass(slots=True)
 class TokenLogprob:
-    """Natural-log probability of a chosen token and of the likeliest alternatives, after penalties, at temperature 1."""
+    """Natural-log probability of a token and of the likeliest alternatives, after penalties, at temperature 1."""
 
     token_id: int
     logprob: float
@@ -255,7 +255,7 @@ class Receipt:
     completion_tokens: int = 0
     schedule: list[ScheduleEntry] = field(default_factory=list)
     estimated_error: float | None = None
-    """Mean KL to `full` in nats per token at the points that were run, as measured for the artifact; None if never measured."""
+    """Mean KL to `full`, nats per token, at the points run, as measured for the artifact; None if never measured."""
     outcome: Outcome | None = None
     """None when no budget was given."""
     seed: int | None = None

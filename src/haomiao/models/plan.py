@@ -157,8 +157,9 @@ class WeightSpec:
     """A weight of the plan and where it comes from.
 
     `matrix`: [rows, cols], stored in the artifact's encoding, the concatenation of `sources` along rows (`concat`) or
-    their 32-row interleaving (`interleave`: gate and up). `table`: as matrix, read by row (embedding). `vector`: float32.
-    `transform` names what is done to each source on its way in: `transpose` (GPT-2's Conv1D) or `plus_one` (Gemma's norms).
+    their 32-row interleaving (`interleave`: gate and up). `table`: as matrix, read by row (embedding). `vector`:
+    float32. `transform` names what is done to each source on its way in: `transpose` (GPT-2's Conv1D) or `plus_one`
+    (Gemma's norms).
     `slices` optionally takes rows [a, b) of each source (Phi-3's fused checkpoints).
     """
 
