@@ -13,10 +13,7 @@ struct KernelTable {
   const AttentionKernels* attention;
 };
 
-// The table for this machine. `forced` (or nullptr) is an isa name; returns nullptr and sets *error to one line if it is
-// unknown or this machine cannot run it.
+// The table for this machine. `forced` (or nullptr) is an isa name; returns nullptr and sets *error to one line if it
+// is unknown or this machine cannot run it.
 const KernelTable* select_kernels(const char* forced, const char** error);
-// Names this machine can run, best first, ended by nullptr.
-const char* const* available_isas();
-
 }  // namespace haomiao

@@ -11,7 +11,8 @@ enum class ActivationFunction : uint32_t { silu = 0, gelu = 1, gelu_tanh = 2, re
 struct RowwiseKernels {
   const char* isa;
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
-  void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float eps, float* out);  // bias may be null
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float eps,
+                     float* out);  // bias may be null
   // rotate `heads` heads of head_dim at x in place; cos_sin is [dim/2] cosines then [dim/2] sines
   void (*rope)(float* x, int heads, int head_dim, int dim, const float* cos_sin);
   void (*glu)(const float* gate, const float* up, int n, ActivationFunction f, float* out);
@@ -20,5 +21,9 @@ struct RowwiseKernels {
   void (*scale_softcap)(float* x, int n, float scale, float softcap);
   int32_t (*argmax)(const float* x, int n);  // the lowest index among the greatest; NaN never wins
 };
+
+// The kernels of one instruction set ("scalar", "avx2", "avx512", "avx512_bf16", "neon"), or nullptr if not compiled
+// in; an operation without a file of its own for an isa returns the next lower one. rowwise/select.cc.
+const RowwiseKernels* rowwise_kernels(const char* isa);
 
 }  // namespace haomiao
