@@ -1,0 +1,34 @@
+// Name -> table of linear kernels. Knows what is compiled in, not what the processor can run (cpu.cc).
+#include <string.h>
+
+#include "kernels/linear/tables.h"
+
+namespace haomiao {
+namespace {
+
+struct Entry {
+  const char* isa;
+  const LinearKernels* table;
+};
+
+constexpr Entry kEntries[] = {
+#if defined(__x86_64__)
+    {"avx512_bf16", &kScalarLinear},
+    {"avx512", &kScalarLinear},
+    {"avx2", &kScalarLinear},
+#elif defined(__aarch64__)
+    {"neon", &kScalarLinear},
+#endif
+    {"scalar", &kScalarLinear},
+};
+
+}  // namespace
+
+const LinearKernels* linear_kernels(const char* isa) {
+  for (const Entry& entry : kEntries) {
+    if (strcmp(entry.isa, isa) == 0) return entry.table;
+  }
+  return nullptr;
+}
+
+}  // namespace haomiao
