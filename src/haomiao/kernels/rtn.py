@@ -139,11 +139,12 @@ def _best_scale(x: F32, base: F32, factors: Sequence[float]) -> F32:
 def _squared_error(x: F32, scales: F32) -> F32:
     """Squared error [n] of groups [n, group] rounded to codes in [-8, 7]."""
     codes = _divided(x, scales)
-    rounded = np.rint(codes)
+    rounded: F32 = np.rint(codes)
     np.clip(rounded, np.float32(-8), np.float32(7), out=rounded)
     codes -= rounded
+    total: F32 = np.einsum("ij,ij->i", codes, codes)
     with np.errstate(over="ignore", invalid="ignore"):
-        error: F32 = (np.einsum("ij,ij->i", codes, codes) * scales * scales).astype(np.float32)
+        error: F32 = total * scales * scales
     return error
 
 
