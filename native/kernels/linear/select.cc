@@ -13,8 +13,8 @@ struct Entry {
 
 constexpr Entry kEntries[] = {
 #if defined(__x86_64__)
-    {"avx512_bf16", &kScalarLinear},
-    {"avx512", &kScalarLinear},
+    {"avx512_bf16", &kAvx512Linear},
+    {"avx512", &kAvx512Linear},
     {"avx2", &kScalarLinear},
 #elif defined(__aarch64__)
     {"neon", &kScalarLinear},

@@ -150,7 +150,7 @@ def _squared_error(x: F32, scales: F32) -> F32:
 
 def _divided(x: F32, scales: F32) -> F32:
     """x / scale, 0 where the scale is 0."""
-    safe = np.where(scales == 0, np.float32(1), scales)
+    safe: F32 = np.where(scales == 0, np.float32(1), scales)
     quotient: F32 = x / safe[:, None]
     return quotient
 
