@@ -23,3 +23,10 @@ def selected() -> str:
     if forced not in names:
         raise UnavailableError(f"HAOMIAO_ISA={forced}: this machine can run {', '.join(names)}", param="HAOMIAO_ISA")
     return forced
+
+
+def allowed_cores() -> tuple[int, ...]:
+    """Cores that this process may run on, ascending; where the system does not say, as many as there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
