@@ -17,7 +17,7 @@ constexpr Entry kEntries[] = {
     {"avx512", &kAvx512Linear},
     {"avx2", &kAvx2Linear},
 #elif defined(__aarch64__)
-    {"neon", &kScalarLinear},
+    {"neon", &kNeonLinear},
 #endif
     {"scalar", &kScalarLinear},
 };
