@@ -1,7 +1,7 @@
 """Measure how fast a model runs on this machine, beside the machine's own ceilings.
 
-Prompts are random token ids, so no tokenizer is needed; end-of-sequence is ignored. The ceilings are measured first, with
-the same threads: sequential reads from memory, and int8 multiply-adds.
+Prompts are random token ids, so no tokenizer is needed; end-of-sequence is ignored. The ceilings are measured first,
+with the same threads: sequential reads from memory, and int8 multiply-adds.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ def run(args: Namespace) -> int:
     workload.check()
     ceilings = measure_ceilings(args.threads or default_threads())
     if not args.json:
-        print(
-            f"ceilings  {ceilings.read_gb_s:.1f} GB/s read  {ceilings.int8_gops:.0f} int8 Gop/s  {ceilings.threads} threads"
-        )
+        print(f"ceilings  {ceilings.read_gb_s:.1f} GB/s read, {ceilings.int8_gops:.0f} int8 Gop/s")
     # each stream holds a prompt and an answer; a context of its own keeps a long default from being allocated
     given.setdefault("max_context", workload.prompt_tokens + workload.new_tokens)
     with terminal.ProgressBar(quiet=args.quiet) as bar:
@@ -77,25 +75,21 @@ def lines(report: dict[str, Any]) -> str:
     def show(value: float | None, form: str, unit: str) -> str:
         return "-" if value is None else f"{value:{form}} {unit}"
 
+    def share(value: float | None, of: str) -> str:
+        return "-" if value is None else f"{100 * value:.0f} % of {of}"
+
     itl = report["itl_ms"]
+    peak = share(report["share_of_peak"], "the int8 peak")
+    bandwidth = share(report["share_of_bandwidth"], "the bandwidth")
     rows = [
         (
             "model",
-            f"{report['model']}  point {report['point']}  {report['threads']} threads  {report['streams']} streams",
+            f"{report['model']}, point {report['point']}, threads {report['threads']}, streams {report['streams']}",
         ),
-        (
-            "prefill",
-            f"{show(report['prefill_tok_s'], '.1f', 'tok/s')}  ({show(_percent(report['share_of_peak']), '.0f', '% of the int8 peak')})",
-        ),
-        (
-            "decode",
-            f"{show(report['decode_tok_s'], '.1f', 'tok/s')}  ({show(report['read_gb_s'], '.1f', 'GB/s')}, {show(_percent(report['share_of_bandwidth']), '.0f', '% of the bandwidth')})",
-        ),
+        ("prefill", f"{show(report['prefill_tok_s'], '.1f', 'tok/s')}  ({peak})"),
+        ("decode", f"{show(report['decode_tok_s'], '.1f', 'tok/s')}"),
+        ("read", f"{show(report['read_gb_s'], '.1f', 'GB/s')} while decoding  ({bandwidth})"),
         ("ttft", show(report["ttft_ms"], ".1f", "ms")),
         ("itl", f"p50 {show(itl['p50'], '.2f', 'ms')}  p99 {show(itl['p99'], '.2f', 'ms')}"),
     ]
     return "\n".join(f"{name:<8}  {text}" for name, text in rows)
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share

@@ -1,7 +1,7 @@
 """Convert a checkpoint into an artifact: weights in kernel layout, mapped and run without conversion.
 
-SRC is a Hugging Face id or directory, or a GGUF file. Weights are rounded to nearest: `nested` keeps an int4 plane and the
-plane that makes it int8; `full` keeps float32, `bf16` bfloat16, for reference.
+SRC is a Hugging Face id or directory, or a GGUF file. Weights are rounded to nearest: `nested` keeps an int4 plane and
+the plane that makes it int8; `full` keeps float32, `bf16` bfloat16, for reference.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What this machine has, and what would run how fast on it.
 
 Memory bandwidth and the int8 peak are measured (about two seconds). The table gives upper bounds from bytes and
-operations alone: decoding cannot be faster than memory delivers the weights, prefill not faster than the cores multiply.
+operations alone: decoding cannot be faster than memory delivers the weights, nor prefill faster than the
+cores multiply.
 """
 
 from __future__ import annotations

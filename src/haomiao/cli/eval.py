@@ -1,4 +1,4 @@
-"""Measure a model on a text: perplexity with its interval, and with --against how far one operating point is from another.
+"""Measure a model on a text: its perplexity, and with --against how far one operating point is from another.
 
 The text is cut into windows that do not overlap; intervals (95 %) come from a bootstrap over windows. Every figure is
 printed with the text's name, the number of tokens and the interval.

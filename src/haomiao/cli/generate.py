@@ -1,7 +1,7 @@
 """Continue a prompt; the text streams as it is produced.
 
 One positional argument is the PROMPT for the embedded model (or for --model); two are MODEL and PROMPT. A PROMPT of `-`
-is read from standard input (one newline at its end is taken off). Afterwards one line on stderr accounts for the answer.
+is read from standard input (one newline at its end is taken off). Afterwards one line on stderr accounts for it.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "kv": ("HAOMIAO_KV", one_of(KV_NAMES)),
     "revision": ("HAOMIAO_REVISION", str),
 }
-"""Destination -> (variable, type). A flag wins over its variable. `--offline` has HAOMIAO_OFFLINE (`config.offline`)."""
+"""Destination -> (variable, type). A flag wins over its variable. `--offline` has HAOMIAO_OFFLINE: `config`."""
 
 
 def add_model(parser: ArgumentParser, *, what: str = "MODEL") -> None:

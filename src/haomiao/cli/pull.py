@@ -1,4 +1,4 @@
-"""Download a model from the Hugging Face hub (or take one from disk) and prepare it, so that the first run starts at once.
+"""Download a model from the Hugging Face hub, or take one from disk, and prepare it: the first run then starts at once.
 
 An interrupted download goes on where it stopped. HF_TOKEN gives access to gated models.
 """

@@ -42,6 +42,7 @@ def run(args: Namespace) -> int:
         print(f"{key:<14}{terminal.human_bytes(value) if key == 'bytes' else text}")
     for row in about.get("tensors", ()):
         print(
-            f"  {row['name']:<40} {row['encoding']:<8} {row['rows']} x {row['cols']}  {terminal.human_bytes(row['bytes'])}"
+            f"  {row['name']:<40} {row['encoding']:<8} {row['rows']} x {row['cols']}",
+            terminal.human_bytes(row["bytes"]),
         )
     return 0

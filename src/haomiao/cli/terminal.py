@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -32,7 +32,7 @@ def write_text(text: str) -> None:
 
 
 def write_json(value: Mapping[str, Any]) -> None:
-    """One object on one line, the last line of the output. Numbers that JSON has no form for are refused, not invented."""
+    """One object on one line, the last of the output. A number that JSON has no form for is refused, not invented."""
     print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
 
 
@@ -70,7 +70,7 @@ def receipt_line(receipt: Mapping[str, Any], finish_reason: str | None = None) -
     return "[" + " · ".join(parts) + "]"
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Columns padded to their widest cell; the first is left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 

@@ -1,8 +1,9 @@
-"""How wrong a model or an operating point is: perplexity of a text, and KL divergence and top-1 agreement of two points.
+"""How wrong a model or an operating point is: perplexity of a text, KL divergence and top-1 agreement of two points.
 
-Works on functions from token ids to logits, so that any executor, or another engine, can be measured. A text is cut into
-windows of `window` tokens that do not overlap; every token of a window but its first is predicted from those before it.
-Intervals come from a bootstrap over windows, because neighbouring tokens are not independent. Knows nothing about files.
+Works on functions from token ids to logits, so that any executor, or another engine, can be measured. A text is cut
+into windows of `window` tokens that do not overlap; every token of a window but its first is predicted from those
+before it. Intervals come from a bootstrap over windows, because neighbouring tokens are not independent. Knows nothing
+about files.
 """
 
 from __future__ import annotations

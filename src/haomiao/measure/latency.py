@@ -1,4 +1,4 @@
-"""How fast a model answers on this machine: time to first token, inter-token latency, throughput, share of the ceilings.
+"""How fast a model answers on this machine: time to first token, inter-token latency, throughput, shares of ceilings.
 
 Prompts are random token ids from a fixed seed, so that no tokenizer is needed and no prefix is shared; end-of-sequence
 is ignored, so that every run produces the tokens asked for. Times are taken where a caller of `LLM.stream` would take
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,12 +75,7 @@ class Run:
     def gaps_ms(self) -> list[float]:
         """Inter-token latencies after every stream has begun, so that no prefill hides among them."""
         begun = self.prefill_ms
-        return [
-            later - earlier
-            for stream in self.moments
-            for earlier, later in zip(stream, stream[1:], strict=False)
-            if earlier >= begun
-        ]
+        return [later - earlier for stream in self.moments for earlier, later in pairwise(stream) if earlier >= begun]
 
     def decode_rate(self) -> float | None:
         """Tokens per second of all streams together after every stream has begun; None if nothing was decoded."""

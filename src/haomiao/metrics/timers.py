@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 
 class Stopwatch:
@@ -35,4 +36,4 @@ class Stopwatch:
     @property
     def gaps_ms(self) -> list[float]:
         """Milliseconds between neighbouring marks: one fewer than marks."""
-        return [(later - earlier) / 1e6 for earlier, later in zip(self._marks, self._marks[1:], strict=False)]
+        return [(later - earlier) / 1e6 for earlier, later in pairwise(self._marks)]
