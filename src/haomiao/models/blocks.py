@@ -30,6 +30,7 @@ from haomiao.models.plan import (
 Layout = Literal["concat", "interleave"]
 Transform = Literal["none", "transpose", "plus_one"]
 Role = Literal["body", "head", "embedding", "norm", "bias"]
+Source = tuple[str, tuple[int, ...]]
 
 
 @dataclass
@@ -59,29 +60,30 @@ class PlanBuilder:
         name: str,
         rows: int,
         cols: int,
-        *sources: str,
+        *sources: Source,
         layout: Layout = "concat",
         transform: Transform = "none",
         slices: tuple[tuple[int, int], ...] = (),
         role: Role = "body",
         kind: Literal["matrix", "table"] = "matrix",
     ) -> str:
-        """Declare a matrix [rows, cols] (see `WeightSpec`)."""
-        self.weights[name] = WeightSpec(name, kind, rows, cols, sources, layout, transform, slices, role)
+        """Declare a matrix [rows, cols] (see `WeightSpec`); a source is a checkpoint's name and the shape it must have."""
+        names, shapes = tuple(s[0] for s in sources), tuple(s[1] for s in sources)
+        self.weights[name] = WeightSpec(name, kind, rows, cols, names, layout, transform, slices, role, shapes)
         return name
 
     def vector(
         self,
         name: str,
         size: int,
-        *sources: str,
+        *sources: Source,
         transform: Transform = "none",
         layout: Layout = "concat",
-        slices: tuple[tuple[int, int], ...] = (),
         role: Role = "norm",
     ) -> str:
         """Declare a float32 vector."""
-        self.weights[name] = WeightSpec(name, "vector", size, 1, sources, layout, transform, slices, role)
+        names, shapes = tuple(s[0] for s in sources), tuple(s[1] for s in sources)
+        self.weights[name] = WeightSpec(name, "vector", size, 1, names, layout, transform, (), role, shapes)
         return name
 
     def rope(self, spec: RopeSpec) -> int:
@@ -165,7 +167,7 @@ def decoder_plan(model: Decoder) -> Plan:
         "embed",
         model.vocab_size,
         model.hidden,
-        table,
+        (table, (model.vocab_size, model.hidden)),
         kind="matrix" if model.tied else "table",
         role="head" if model.tied else "embedding",
     )
@@ -177,14 +179,16 @@ def decoder_plan(model: Decoder) -> Plan:
     _norm(b, model, "final_norm", "model.norm.weight", source=x, out=b.buffer("h", model.hidden))
     head = embed
     if not model.tied:
-        head = b.matrix("head", model.vocab_size, model.hidden, "lm_head.weight", role="head")
+        head = b.matrix(
+            "head", model.vocab_size, model.hidden, ("lm_head.weight", (model.vocab_size, model.hidden)), role="head"
+        )
     b.ops.append(Head(source="h", weight=head, softcap=model.logit_softcap))
     return b.build()
 
 
 def _norm(b: PlanBuilder, model: Decoder, name: str, checkpoint_name: str, *, source: str, out: str) -> None:
     transform: Transform = "plus_one" if model.norm_offset else "none"
-    weight = b.vector(name, model.hidden, checkpoint_name, transform=transform)
+    weight = b.vector(name, model.hidden, (checkpoint_name, (model.hidden,)), transform=transform)
     b.ops.append(Norm(out=out, source=source, weight=weight, eps=model.eps))
 
 
@@ -195,18 +199,21 @@ def _attention_block(b: PlanBuilder, model: Decoder, index: int) -> None:
     width = q + 2 * kv
     h = b.buffer("h", model.hidden)
     _norm(b, model, f"{name}attention_norm", f"{prefix}input_layernorm.weight", source="x", out=h)
-    projections = ("qkv_proj",) if model.fused else ("q_proj", "k_proj", "v_proj")
-    qkv = b.matrix(f"{name}qkv", width, model.hidden, *(f"{attention}{p}.weight" for p in projections))
+    projections = {"qkv_proj": width} if model.fused else {"q_proj": q, "k_proj": kv, "v_proj": kv}
+    sources = (((f"{attention}{p}.weight", (rows, model.hidden))) for p, rows in projections.items())
+    qkv = b.matrix(f"{name}qkv", width, model.hidden, *sources)
     bias = None
     if model.qkv_bias:
-        bias = b.vector(f"{name}qkv.bias", width, *(f"{attention}{p}.bias" for p in projections), role="bias")
+        biases = ((f"{attention}{p}.bias", (rows,)) for p, rows in projections.items())
+        bias = b.vector(f"{name}qkv.bias", width, *biases, role="bias")
     buffer = b.buffer("qkv", width)
     b.ops.append(Linear(out=buffer, source=h, weight=qkv, bias=bias))
     sections = ((0, model.heads, "q_norm"), (q, model.kv_heads, "k_norm"))
     if model.qk_norm:
         transform: Transform = "plus_one" if model.norm_offset else "none"
         for offset, heads, norm in sections:
-            weight = b.vector(f"{name}{norm}", model.head_dim, f"{attention}{norm}.weight", transform=transform)
+            source = (f"{attention}{norm}.weight", (model.head_dim,))
+            weight = b.vector(f"{name}{norm}", model.head_dim, source, transform=transform)
             b.ops.append(HeadNorm(buffer, offset, heads, model.head_dim, weight, model.eps))
     rope = model.ropes[index]
     if rope is not None:
@@ -228,10 +235,10 @@ def _attention_block(b: PlanBuilder, model: Decoder, index: int) -> None:
             softcap=model.attention_softcap,
         )
     )
-    out = b.matrix(f"{name}out", model.hidden, q, f"{attention}o_proj.weight")
+    out = b.matrix(f"{name}out", model.hidden, q, (f"{attention}o_proj.weight", (model.hidden, q)))
     out_bias = None
     if model.out_bias:
-        out_bias = b.vector(f"{name}out.bias", model.hidden, f"{attention}o_proj.bias", role="bias")
+        out_bias = b.vector(f"{name}out.bias", model.hidden, (f"{attention}o_proj.bias", (model.hidden,)), role="bias")
     _join_residual(
         b, model, "attention", out, out_bias, f"{name}post_attention_norm", f"{prefix}post_attention_layernorm"
     )
@@ -241,20 +248,22 @@ def _ffn_block(b: PlanBuilder, model: Decoder, index: int) -> None:
     prefix, name = f"model.layers.{index}.", f"layers.{index}."
     neurons = padded_neurons(model.ffn)
     _norm(b, model, f"{name}ffn_norm", f"{prefix}{model.pre_ffn_norm}.weight", source="x", out="h")
+    ffn, hidden = model.ffn, model.hidden
+    sources: tuple[Source, ...]
     if model.fused:
-        sources = (f"{prefix}mlp.gate_up_proj.weight",) * 2
-        slices = ((0, model.ffn), (model.ffn, 2 * model.ffn))
+        sources = ((f"{prefix}mlp.gate_up_proj.weight", (2 * ffn, hidden)),) * 2
     else:
-        sources, slices = (f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"), ()
-    gate_up = b.matrix(f"{name}gate_up", 2 * neurons, model.hidden, *sources, layout="interleave", slices=slices)
+        sources = tuple((f"{prefix}mlp.{p}_proj.weight", (ffn, hidden)) for p in ("gate", "up"))
+    slices = ((0, ffn), (ffn, 2 * ffn)) if model.fused else ()
+    gate_up = b.matrix(f"{name}gate_up", 2 * neurons, hidden, *sources, layout="interleave", slices=slices)
     bias = down_bias = None
     if model.mlp_bias:
-        names = (f"{prefix}mlp.gate_proj.bias", f"{prefix}mlp.up_proj.bias")
-        bias = b.vector(f"{name}gate_up.bias", 2 * neurons, *names, layout="interleave", role="bias")
-        down_bias = b.vector(f"{name}down.bias", model.hidden, f"{prefix}mlp.down_proj.bias", role="bias")
+        biases = ((f"{prefix}mlp.{p}_proj.bias", (ffn,)) for p in ("gate", "up"))
+        bias = b.vector(f"{name}gate_up.bias", 2 * neurons, *biases, layout="interleave", role="bias")
+        down_bias = b.vector(f"{name}down.bias", hidden, (f"{prefix}mlp.down_proj.bias", (hidden,)), role="bias")
     b.ops.append(Linear(out=b.buffer("gate_up", 2 * neurons), source="h", weight=gate_up, bias=bias))
     b.ops.append(Glu(out=b.buffer("ffn", neurons), source="gate_up", activation=model.activation))
-    down = b.matrix(f"{name}down", model.hidden, neurons, f"{prefix}mlp.down_proj.weight")
+    down = b.matrix(f"{name}down", hidden, neurons, (f"{prefix}mlp.down_proj.weight", (hidden, ffn)))
     _join_residual(b, model, "ffn", down, down_bias, f"{name}post_ffn_norm", f"{prefix}post_feedforward_layernorm")
 
 

@@ -28,16 +28,22 @@ def plan_for(values: Mapping[str, Any], max_context: int) -> Plan:
         "embed",
         b.vocab_size,
         hidden,
-        "transformer.wte.weight",
+        ("transformer.wte.weight", (b.vocab_size, hidden)),
         kind="matrix" if tied else "table",
         role="head" if tied else "embedding",
     )
-    table = b.matrix("positions", positions, hidden, "transformer.wpe.weight", kind="table", role="embedding")
+    table = b.matrix(
+        "positions", positions, hidden, ("transformer.wpe.weight", (positions, hidden)), kind="table", role="embedding"
+    )
     b.ops.append(Embed(out=b.buffer("x", hidden), table=embed, positions=table))
     for index in range(layer_count(config, "n_layer")):
         _layer(b, config, index, hidden, heads, eps, activation)
     _norm(b, "final_norm", "transformer.ln_f", hidden, eps)
-    head = embed if tied else b.matrix("head", b.vocab_size, hidden, "lm_head.weight", role="head")
+    head = (
+        embed
+        if tied
+        else b.matrix("head", b.vocab_size, hidden, ("lm_head.weight", (b.vocab_size, hidden)), role="head")
+    )
     b.ops.append(Head(source="h", weight=head))
     return b.build()
 
@@ -75,12 +81,12 @@ def _layer(
 
 
 def _norm(b: PlanBuilder, name: str, checkpoint_name: str, hidden: int, eps: float) -> None:
-    weight = b.vector(name, hidden, f"{checkpoint_name}.weight")
-    bias = b.vector(f"{name}.bias", hidden, f"{checkpoint_name}.bias", role="bias")
+    weight = b.vector(name, hidden, (f"{checkpoint_name}.weight", (hidden,)))
+    bias = b.vector(f"{name}.bias", hidden, (f"{checkpoint_name}.bias", (hidden,)), role="bias")
     b.ops.append(Norm(out=b.buffer("h", hidden), source="x", weight=weight, eps=eps, kind="layer", bias=bias))
 
 
 def _linear(b: PlanBuilder, name: str, checkpoint_name: str, source: str, out: str, rows: int, cols: int) -> None:
-    weight = b.matrix(name, rows, cols, f"{checkpoint_name}.weight", transform="transpose")
-    bias = b.vector(f"{name}.bias", rows, f"{checkpoint_name}.bias", role="bias")
+    weight = b.matrix(name, rows, cols, (f"{checkpoint_name}.weight", (cols, rows)), transform="transpose")
+    bias = b.vector(f"{name}.bias", rows, (f"{checkpoint_name}.bias", (rows,)), role="bias")
     b.ops.append(Linear(out=b.buffer(out, rows), source=source, weight=weight, bias=bias))

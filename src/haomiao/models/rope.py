@@ -30,8 +30,8 @@ def rope_section(config: ConfigReader, layer_type: str | None = None) -> ConfigR
         merged.update(scaling.values)
     parameters = config.section("rope_parameters")
     if parameters is not None:
-        nested = layer_type is not None and isinstance(parameters.values.get(layer_type), Mapping)
-        merged.update(parameters.values[layer_type] if nested else parameters.values)
+        nested = parameters.values.get(layer_type) if layer_type is not None else None
+        merged.update(nested if isinstance(nested, Mapping) else parameters.values)
     if "rope_type" not in merged and "type" in merged:
         merged["rope_type"] = merged["type"]
     return ConfigReader(merged, "rope parameters")
