@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy.typing as npt
 
-<<<<<<< HEAD
 # ---- kernels.cc
 
 def isas() -> list[str]: ...
@@ -39,8 +38,7 @@ def linear(
 def read_row(isa: str, weight: Weight, row: int, out: npt.NDArray[Any]) -> None: ...
 def read_bandwidth(threads: int, megabytes: int, seconds: float) -> float: ...
 def int8_peak(threads: int, seconds: float) -> float: ...
-=======
+
 # ---- artifact.cc
 
 def parse_artifact(head: npt.NDArray[Any], file_bytes: int) -> list[dict[str, Any]]: ...
->>>>>>> load

@@ -46,7 +46,7 @@ class ConfigReader:
             if default is None:
                 raise ModelError(f"{self.where} has no {key}")
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or int(value) != value:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_whole(value):
             raise ModelError(f"{self.where}: {key} must be a whole number, not {shorten(value)}")
         if not least <= value <= greatest:
             raise ModelError(f"{self.where}: {key} = {shorten(value)} is outside {least}..{greatest}")
@@ -90,6 +90,12 @@ class ConfigReader:
         value = self.values.get(key)
         return None if value is None else ConfigReader(value, f"{self.where}.{key}")
 
+    def window(self, key: str = "sliding_window", default: int = 0) -> int:
+        """A sliding window in tokens; null and absent mean none (0) or, where absent, `default`."""
+        if key in self.values and self.values[key] is None:
+            return 0
+        return self.integer(key, default)
+
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         """A list of `count` finite positive numbers."""
         value = self.values.get(key)
@@ -120,6 +126,11 @@ class ConfigReader:
         return tuple(value)
 
 
+def is_whole(value: float) -> bool:
+    """An integer, or a float without a fraction (writers print 32.0 for 32)."""
+    return isinstance(value, int) or (math.isfinite(value) and value == int(value))
+
+
 def is_finite(value: float) -> bool:
     """Finite as a double (an integer of a thousand digits is not)."""
     try:
@@ -137,20 +148,16 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def attention_heads(config: ConfigReader, hidden: int) -> tuple[int, int, int]:
-    """(query heads, KV heads, head dimension), checked against each other."""
-    heads = config.integer("num_attention_heads", greatest=1 << 12)
-    kv_heads = config.integer("num_key_value_heads", heads, greatest=1 << 12)
-    if heads % kv_heads:
-        raise ModelError(f"config contradicts itself: {heads} attention heads, {kv_heads} key/value heads")
-    if not config.has("head_dim") and hidden % heads:
-        raise ModelError(f"config contradicts itself: hidden_size {hidden} does not divide into {heads} heads")
-    head_dim = config.integer("head_dim", hidden // heads, greatest=1 << 12)
-    if head_dim < 1:
-        raise ModelError(f"config contradicts itself: hidden_size {hidden} is less than {heads} heads")
-    return heads, kv_heads, head_dim
-
-
-def layer_count(config: ConfigReader, key: str = "num_hidden_layers") -> int:
-    """Number of layers."""
-    return config.integer(key, greatest=1 << 12)
+def eos_token_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that end an answer: `generation_config`'s where it names them, else the config's own."""
+    config = ConfigReader(values)
+    for reader in (config.section("generation_config"), config, config.section("text_config")):
+        found = None if reader is None else reader.values.get("eos_token_id")
+        if reader is None or found is None:
+            continue
+        ids = found if isinstance(found, (list, tuple)) else [found]
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < MAX_SIZE:
+                raise ModelError(f"{reader.where}: eos_token_id holds {shorten(token)}, not a token id")
+        return tuple(dict.fromkeys(ids))
+    return ()

@@ -21,10 +21,7 @@ from haomiao.types import F32
 def rope_section(config: ConfigReader, layer_type: str | None = None) -> ConfigReader:
     """The rope parameters in one spelling, whatever the checkpoint's: `rope_parameters` (transformers 5, possibly per
     layer type) or `rope_theta` + `rope_scaling` (transformers 4). `type` becomes `rope_type`."""
-    merged: dict[str, Any] = {}
-    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
-        if config.has(key):
-            merged[key] = config.values[key]
+    merged: dict[str, Any] = {k: config.values[k] for k in ("rope_theta", "partial_rotary_factor") if config.has(k)}
     scaling = config.section("rope_scaling")
     if scaling is not None:
         merged.update(scaling.values)
@@ -57,10 +54,11 @@ def rope_spec(
     kind = section.text("rope_type", "default")
     if kind not in SCALINGS:
         raise UnsupportedModelError(f"rope scaling {shorten(kind)} is not supported")
-    # float32 powers, as the reference: the frequencies' own rounding is part of the model
-    pairs = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    powers = (np.float32(theta) ** pairs).astype(np.float32)
-    inv_freq, factor = SCALINGS[kind](section, powers, theta, max_positions, max_context)
+    with np.errstate(all="ignore"):  # what is not finite in the end is refused below
+        # exponents and powers are rounded to float32, as in the reference: that rounding is part of the model
+        pairs = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+        powers = (np.float64(np.float32(theta)) ** pairs.astype(np.float64)).astype(np.float32)
+        inv_freq, factor = SCALINGS[kind](section, powers, theta, max_positions, max_context)
     if not np.isfinite(inv_freq).all() or not math.isfinite(factor):
         raise ModelError("rope parameters give frequencies that are not finite")
     return RopeSpec(dim, tuple(float(f) for f in inv_freq.astype(np.float32)), factor)
@@ -82,7 +80,7 @@ def _llama3(section: ConfigReader, powers: F32, theta: float, positions: int, co
     factor = section.number("factor")
     low = section.number("low_freq_factor")
     high = section.number("high_freq_factor")
-    original = section.integer("original_max_position_embeddings")
+    original = section.integer("original_max_position_embeddings", positions)
     if high <= low:
         raise ModelError(f"rope parameters: high_freq_factor {high:g} is not above low_freq_factor {low:g}")
     plain = np.float32(1) / powers
@@ -99,8 +97,8 @@ def _yarn(section: ConfigReader, powers: F32, theta: float, positions: int, cont
     dim = 2 * powers.size
     original = section.integer("original_max_position_embeddings", positions)
     factor = section.number("factor", positions / original)
-    low = _correction_dim(section.number("beta_fast", 32.0), dim, theta, original)
-    high = _correction_dim(section.number("beta_slow", 1.0), dim, theta, original)
+    low = _correction_dim(_or(section, "beta_fast", 32.0), dim, theta, original)
+    high = _correction_dim(_or(section, "beta_slow", 1.0), dim, theta, original)
     if section.flag("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -110,6 +108,11 @@ def _yarn(section: ConfigReader, powers: F32, theta: float, positions: int, cont
     keep = np.float32(1) - ramp.astype(np.float32)
     inv_freq = np.float32(1) / (np.float32(factor) * powers) * (1 - keep) + np.float32(1) / powers * keep
     return inv_freq.astype(np.float32), _yarn_attention_factor(section, factor)
+
+
+def _or(section: ConfigReader, key: str, default: float) -> float:
+    """A positive number; 0 counts as absent, as in the reference."""
+    return default if section.values.get(key) == 0 else section.number(key, default)
 
 
 def _correction_dim(rotations: float, dim: int, theta: float, original: int) -> float:
@@ -148,6 +151,7 @@ def _longrope(section: ConfigReader, powers: F32, theta: float, positions: int, 
 
 SCALINGS: Mapping[str, Scaling] = {
     "default": _default,
+    "dynamic": _default,  # NTK-aware scaling changes nothing up to max_position_embeddings, and no plan goes beyond
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
