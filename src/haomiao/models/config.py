@@ -161,3 +161,22 @@ def eos_token_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
                 raise ModelError(f"{reader.where}: eos_token_id holds {shorten(token)}, not a token id")
         return tuple(dict.fromkeys(ids))
     return ()
+
+
+def attention_heads(config: ConfigReader, hidden: int) -> tuple[int, int, int]:
+    """(query heads, KV heads, head dimension), checked against each other."""
+    heads = config.integer("num_attention_heads", greatest=1 << 12)
+    kv_heads = config.integer("num_key_value_heads", heads, greatest=1 << 12)
+    if heads % kv_heads:
+        raise ModelError(f"config contradicts itself: {heads} attention heads, {kv_heads} key/value heads")
+    if not config.has("head_dim") and hidden % heads:
+        raise ModelError(f"config contradicts itself: hidden_size {hidden} does not divide into {heads} heads")
+    head_dim = config.integer("head_dim", hidden // heads, greatest=1 << 12)
+    if head_dim < 1:
+        raise ModelError(f"config contradicts itself: hidden_size {hidden} is less than {heads} heads")
+    return heads, kv_heads, head_dim
+
+
+def layer_count(config: ConfigReader, key: str = "num_hidden_layers") -> int:
+    """Number of layers."""
+    return config.integer(key, greatest=1 << 12)
