@@ -94,7 +94,7 @@ class ConfigReader:
         """A sliding window in tokens; null and absent mean none (0) or, where absent, `default`."""
         if key in self.values and self.values[key] is None:
             return 0
-        return self.integer(key, default)
+        return self.integer(key, default, least=0)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         """A list of `count` finite positive numbers."""
@@ -163,17 +163,22 @@ def eos_token_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
     return ()
 
 
-def attention_heads(config: ConfigReader, hidden: int) -> tuple[int, int, int]:
-    """(query heads, KV heads, head dimension), checked against each other."""
+def attention_heads(config: ConfigReader, hidden: int, head_dim: int | None = None) -> tuple[int, int, int]:
+    """(query heads, KV heads, head dimension), checked against each other.
+
+    `head_dim` stands in where the config gives none; None: hidden / heads.
+    """
     heads = config.integer("num_attention_heads", greatest=1 << 12)
     kv_heads = config.integer("num_key_value_heads", heads, greatest=1 << 12)
     if heads % kv_heads:
         raise ModelError(f"config contradicts itself: {heads} attention heads, {kv_heads} key/value heads")
-    if not config.has("head_dim") and hidden % heads:
-        raise ModelError(f"config contradicts itself: hidden_size {hidden} does not divide into {heads} heads")
-    head_dim = config.integer("head_dim", hidden // heads, greatest=1 << 12)
-    if head_dim < 1:
-        raise ModelError(f"config contradicts itself: hidden_size {hidden} is less than {heads} heads")
+    if head_dim is None and not config.has("head_dim"):
+        if hidden % heads:
+            raise ModelError(f"config contradicts itself: hidden_size {hidden} does not divide into {heads} heads")
+        head_dim = hidden // heads
+    head_dim = config.integer("head_dim", head_dim, greatest=1 << 12)
+    if head_dim > 1 << 12:
+        raise ModelError(f"config: heads of {head_dim} channels are too wide (at most {1 << 12})")
     return heads, kv_heads, head_dim
 
 

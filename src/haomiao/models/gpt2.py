@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from haomiao.errors import ModelError
 from haomiao.models.blocks import PlanBuilder
-from haomiao.models.config import ConfigReader, layer_count
+from haomiao.models.config import MAX_SIZE, ConfigReader
 from haomiao.models.plan import Activate, Activation, Add, Attention, Embed, Head, Linear, Norm, Plan
 
 
-def plan_for(values: Mapping[str, Any], max_context: int) -> Plan:
-    """The plan of a GPT-2 config."""
-    config = ConfigReader(values)
-    hidden, heads = config.integer("n_embd"), config.integer("n_head", greatest=1 << 12)
-    positions = config.integer("n_positions", 1024)
+def plan_for(config: ConfigReader, max_context: int) -> Plan:
+    """The plan of a GPT-2 config; `max_context` is the longest sequence that will be run."""
+    hidden = gpt2_size(config, "n_embd", "hidden_size")
+    heads = gpt2_size(config, "n_head", "num_attention_heads", greatest=1 << 12)
+    layers = gpt2_size(config, "n_layer", "num_hidden_layers", greatest=1 << 12)
+    positions = gpt2_size(config, "n_positions", "max_position_embeddings", 1024)
     if hidden % heads:
         raise ModelError(f"config contradicts itself: n_embd {hidden} does not divide into {heads} heads")
-    if max_context > positions:
-        raise ModelError(f"a context of {max_context} was asked for, but GPT-2 here has {positions} learned positions")
     b = PlanBuilder("gpt2", config.integer("vocab_size"), hidden, max_context)
     eps = config.number("layer_norm_epsilon", 1e-5, most=1.0)
     activation = config.activation("activation_function", default="gelu_new")
@@ -36,7 +32,7 @@ def plan_for(values: Mapping[str, Any], max_context: int) -> Plan:
         "positions", positions, hidden, ("transformer.wpe.weight", (positions, hidden)), kind="table", role="embedding"
     )
     b.ops.append(Embed(out=b.buffer("x", hidden), table=embed, positions=table))
-    for index in range(layer_count(config, "n_layer")):
+    for index in range(layers):
         _layer(b, config, index, hidden, heads, eps, activation)
     _norm(b, "final_norm", "transformer.ln_f", hidden, eps)
     head = (
@@ -46,6 +42,13 @@ def plan_for(values: Mapping[str, Any], max_context: int) -> Plan:
     )
     b.ops.append(Head(source="h", weight=head))
     return b.build()
+
+
+def gpt2_size(
+    config: ConfigReader, key: str, other: str, default: int | None = None, *, greatest: int = MAX_SIZE
+) -> int:
+    """A size under GPT-2's own name or the one that other families use."""
+    return config.integer(key if config.has(key) or not config.has(other) else other, default, greatest=greatest)
 
 
 def _layer(

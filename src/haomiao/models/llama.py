@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from haomiao.errors import ModelError
-from haomiao.models.blocks import Decoder, decoder_plan
-from haomiao.models.config import ConfigReader, attention_heads, layer_count
+from haomiao.models.config import ConfigReader
+from haomiao.models.decoder import decoder_plan, read_decoder
 from haomiao.models.plan import Plan
-from haomiao.models.rope import rope_section, rope_spec
 
 
-def plan_for(values: Mapping[str, Any], max_context: int) -> Plan:
-    """The plan of a checkpoint's config; `max_context` is the longest sequence that will be run."""
-    config = ConfigReader(values)
-    hidden, layers = config.integer("hidden_size"), layer_count(config)
-    heads, kv_heads, head_dim = attention_heads(config, hidden)
-    rope = rope_spec(
-        rope_section(config),
-        head_dim,
-        max_positions=config.integer("max_position_embeddings", 2048),
-        max_context=max_context,
-    )
+def plan_for(config: ConfigReader, max_context: int) -> Plan:
+    """The plan of a Llama config; `max_context` is the longest sequence that will be run."""
     bias = config.flag("attention_bias", False)
-    window = config.integer("sliding_window", 0, least=0) if values.get("model_type") == "mistral" else 0
     return decoder_plan(
-        Decoder(
-            family="llama",
-            vocab_size=config.integer("vocab_size"),
-            hidden=hidden,
-            ffn=config.integer("intermediate_size"),
-            layers=layers,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            eps=config.number("rms_norm_eps", 1e-6, most=1.0),
-            activation=config.activation("hidden_act", default="silu"),
-            max_context=max_context,
-            tied=config.flag("tie_word_embeddings", values.get("model_type") == "smollm3"),
-            ropes=tuple(rope if used else None for used in _rope_layers(config, layers)),
-            windows=(window,) * layers,
+        replace(
+            read_decoder(config, "llama", max_context),
             qkv_bias=bias,
             out_bias=bias,
             mlp_bias=config.flag("mlp_bias", False),
@@ -48,14 +23,38 @@ def plan_for(values: Mapping[str, Any], max_context: int) -> Plan:
     )
 
 
-def _rope_layers(config: ConfigReader, layers: int) -> list[bool]:
-    """Which layers rotate: all, but for SmolLM3, whose `no_rope_layers` holds 1 where a layer does."""
-    if config.values.get("model_type") != "smollm3":
-        return [True] * layers
+def plan_for_mistral(config: ConfigReader, max_context: int) -> Plan:
+    """Mistral: every layer slides, by 4,096 tokens where the config does not mention a window."""
+    model = read_decoder(config, "mistral", max_context, positions=131072)
+    return decoder_plan(replace(model, windows=(config.window(default=4096),) * model.layers))
+
+
+def plan_for_smollm3(config: ConfigReader, max_context: int) -> Plan:
+    """SmolLM3: every fourth layer has no positions (NoPE)."""
+    bias = config.flag("attention_bias", False)
+    model = read_decoder(config, "smollm3", max_context, positions=32768, tied=True, theta=2_000_000.0)
+    rotated = _rotated_layers(config, model.layers)
+    window = config.window() if config.flag("use_sliding_window", False) else 0
+    kinds = config.layer_types(model.layers)
+    sliding = [not used for used in rotated] if kinds is None else [kind == "sliding_attention" for kind in kinds]
+    return decoder_plan(
+        replace(
+            model,
+            ropes=tuple(rope if used else None for rope, used in zip(model.ropes, rotated, strict=True)),
+            windows=tuple(window if slides else 0 for slides in sliding),
+            qkv_bias=bias,
+            out_bias=bias,
+            mlp_bias=config.flag("mlp_bias", False),
+        )
+    )
+
+
+def _rotated_layers(config: ConfigReader, layers: int) -> list[bool]:
+    """Which layers rotate: `no_rope_layers` holds 1 where a layer does (sic)."""
     given = config.values.get("no_rope_layers")
     if given is None:
         interval = config.integer("no_rope_layer_interval", 4)
         return [(index + 1) % interval != 0 for index in range(layers)]
-    if not isinstance(given, (list, tuple)) or len(given) != layers or any(v not in (0, 1) for v in given):
+    if not isinstance(given, (list, tuple)) or len(given) < layers or any(v not in (0, 1) for v in given):
         raise ModelError(f"config: no_rope_layers must hold 0 or 1 for each of the {layers} layers")
-    return [bool(v) for v in given]
+    return [bool(v) for v in given[:layers]]

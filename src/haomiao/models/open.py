@@ -14,6 +14,7 @@ from haomiao.load.artifact import Artifact, is_artifact
 from haomiao.models.convert import Scheme, convert
 from haomiao.models.plan import Plan
 from haomiao.models.registry import plan_for, position_limit
+from haomiao.models.weights import check_weights
 from haomiao.types import POINTS
 
 EMBEDDED = "haomiao-4m"
@@ -105,20 +106,7 @@ def opened(path: Path, name: str, point: str | None, max_context: int | None, hu
             f"{name} offers {', '.join(offered)}, not {chosen}; convert the original checkpoint for it", param="point"
         )
     plan = plan_for(config, max_context)
-    check_weights(plan, artifact)
+    check_weights(plan, artifact.tensors, artifact.vectors)
     family = POINTS[chosen].family
     points = tuple(p for p in offered if POINTS[p].family == family)
     return OpenedModel(name, artifact, plan, points, chosen, position_limit(config), path)
-
-
-def check_weights(plan: Plan, artifact: Artifact) -> None:
-    """The artifact's matrices and vectors are those of its own config. Raises `ModelError`."""
-    for spec in plan.weights.values():
-        if spec.kind == "vector":
-            vector = artifact.vectors.get(spec.name)
-            fits = vector is not None and vector.size == spec.rows
-        else:
-            tensor = artifact.tensors.get(spec.name)
-            fits = tensor is not None and (tensor.rows, tensor.cols) == (spec.rows, spec.cols)
-        if not fits:
-            raise ModelError(f"{artifact.directory}: {spec.name} is absent or not {spec.rows} x {spec.cols}")

@@ -1,43 +1,38 @@
-"""Phi-3 and Phi-3.5 / Phi-4 mini: fused qkv and gate/up matrices, LongRoPE, partly rotated heads."""
+"""Phi-3, Phi-3.5 mini and Phi-4 mini: fused qkv and gate/up matrices, LongRoPE, partly rotated heads.
+
+LongRoPE has two lists of factors, for sequences within and beyond the original limit. Keys that are cached cannot be
+rotated anew, so the choice is made once, by the longest sequence that will be run (`max_context`); without one, the
+registry plans for the original limit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from haomiao.models.blocks import Decoder, decoder_plan
-from haomiao.models.config import ConfigReader, attention_heads, layer_count
+from haomiao.errors import UnsupportedModelError
+from haomiao.models.config import ConfigReader, shorten
+from haomiao.models.decoder import decoder_plan, read_decoder
 from haomiao.models.plan import Plan
-from haomiao.models.rope import rope_section, rope_spec
+from haomiao.models.rope import rope_section
+
+ORIGINAL_POSITIONS = 4096
+"""Where the config does not say."""
 
 
-def plan_for(values: Mapping[str, Any], max_context: int) -> Plan:
-    """The plan of a Phi-3 config."""
-    config = ConfigReader(values)
-    hidden, layers = config.integer("hidden_size"), layer_count(config)
-    heads, kv_heads, head_dim = attention_heads(config, hidden)
-    rope = rope_spec(
-        rope_section(config),
-        head_dim,
-        max_positions=config.integer("max_position_embeddings", 4096),
-        max_context=max_context,
-    )
-    return decoder_plan(
-        Decoder(
-            family="phi3",
-            vocab_size=config.integer("vocab_size"),
-            hidden=hidden,
-            ffn=config.integer("intermediate_size"),
-            layers=layers,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            eps=config.number("rms_norm_eps", 1e-5, most=1.0),
-            activation=config.activation("hidden_act", default="silu"),
-            max_context=max_context,
-            tied=config.flag("tie_word_embeddings", False),
-            ropes=(rope,) * layers,
-            windows=(config.integer("sliding_window", 0, least=0),) * layers,
-            fused=True,
-        )
-    )
+def plan_for(config: ConfigReader, max_context: int) -> Plan:
+    """The plan of a Phi-3 config; `max_context` is the longest sequence that will be run."""
+    model = read_decoder(standard(config), "phi3", max_context, positions=ORIGINAL_POSITIONS, eps=1e-5)
+    return decoder_plan(replace(model, windows=(config.window(),) * model.layers, fused=True))
+
+
+def standard(config: ConfigReader) -> ConfigReader:
+    """The config in the words that other families use: the first checkpoints call LongRoPE `su` or `yarn`."""
+    section = rope_section(config)
+    kind = section.text("rope_type", "default")
+    if kind not in ("default", "longrope", "su", "yarn"):
+        raise UnsupportedModelError(f"rope scaling {shorten(kind)} is not supported in Phi-3")
+    values: dict[str, Any] = {**config.values, "rope_scaling": None}
+    values["rope_parameters"] = {**section.values, "rope_type": "default" if kind == "default" else "longrope"}
+    values.setdefault("original_max_position_embeddings", ORIGINAL_POSITIONS)
+    return ConfigReader(values)

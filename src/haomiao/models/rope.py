@@ -22,15 +22,15 @@ def rope_section(config: ConfigReader, layer_type: str | None = None) -> ConfigR
     """The rope parameters in one spelling, whatever the checkpoint's: `rope_parameters` (transformers 5, possibly per
     layer type) or `rope_theta` + `rope_scaling` (transformers 4). `type` becomes `rope_type`."""
     merged: dict[str, Any] = {k: config.values[k] for k in ("rope_theta", "partial_rotary_factor") if config.has(k)}
-    scaling = config.section("rope_scaling")
-    if scaling is not None:
-        merged.update(scaling.values)
-    parameters = config.section("rope_parameters")
-    if parameters is not None:
-        nested = parameters.values.get(layer_type) if layer_type is not None else None
-        merged.update(nested if isinstance(nested, Mapping) else parameters.values)
-    if "rope_type" not in merged and "type" in merged:
-        merged["rope_type"] = merged["type"]
+    scaling, parameters = config.section("rope_scaling"), config.section("rope_parameters")
+    if parameters is not None and layer_type is not None and parameters.has(layer_type):
+        parameters = parameters.section(layer_type)
+    for section in (scaling, parameters):
+        if section is not None:
+            merged.update({key: value for key, value in section.values.items() if value is not None})
+    if config.has("original_max_position_embeddings"):  # beside the section (Phi-3) it goes before the section's own
+        merged["original_max_position_embeddings"] = config.values["original_max_position_embeddings"]
+    merged.setdefault("rope_type", merged.get("type", "default"))
     return ConfigReader(merged, "rope parameters")
 
 

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from haomiao.errors import InputError, ModelError, UnsupportedModelError
+from haomiao.errors import InputError, UnsupportedModelError
 from haomiao.kernels import reference
 from haomiao.kernels.pack import from_bf16, to_bf16, unpack
 from haomiao.kernels.packed import PackedTensor
 from haomiao.models import plan as ops
+from haomiao.models.weights import check_weights
 from haomiao.types import F32, I32, KV_BLOCK_TOKENS, POINTS, KvType, Planes, Point, StepBatch, StepResult
 
 F64 = npt.NDArray[np.float64]
@@ -54,10 +55,8 @@ class ReferenceExecutor:
         self.kv_type: KvType = kv_type or POINTS[self.points[0]].default_kv
         self.threads, self.isa = 1, "numpy"
         self._tensors, self._vectors = tensors, vectors
-        self._unpacked: dict[tuple[str, str], F64] = {}
-        missing = [name for name in plan.weights if name not in tensors and name not in vectors]
-        if missing:
-            raise ModelError(f"weights are missing: {', '.join(missing[:8])}")
+        self._unpacked: dict[str, F64] = {}
+        check_weights(plan, tensors, vectors)
         shapes = [
             (kv_blocks, heads, KV_BLOCK_TOKENS, dim) for heads, dim in zip(plan.kv_heads, plan.head_dims, strict=True)
         ]
@@ -73,12 +72,15 @@ class ReferenceExecutor:
         for op in self.plan.ops:
             run.apply(op)
         logits = run.logits
-        argmax = logits.argmax(axis=-1).astype(np.int32)
+        argmax = np.where(np.isnan(logits), -np.inf, logits).argmax(axis=-1).astype(np.int32)
         return StepResult(logits, argmax, time.monotonic_ns() - began)
 
     def copy_blocks(self, pairs: I32) -> None:
         """Copy KV blocks of every layer: [n, 2] (from, to)."""
-        for source, target in np.asarray(pairs).reshape(-1, 2):
+        pairs = np.asarray(pairs)
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or (pairs < 0).any() or (pairs >= self.kv_blocks).any():
+            raise InputError(f"pairs must be [n, 2] block ids below {self.kv_blocks}")
+        for source, target in pairs:
             for storage in (*self._k, *self._v):
                 storage[target] = storage[source]
 
@@ -93,14 +95,16 @@ class ReferenceExecutor:
         offset = None if bias is None else self._vectors[bias]
         if packed.encoding in ("int8", "planes"):
             read: Literal["hi", "hi+lo"] = "hi" if planes == "hi" else "hi+lo"
-            return reference.linear(packed, x[:, : packed.cols], read, bias=offset)
+            return reference.linear(packed, x, read, bias=offset)
         rounded = from_bf16(to_bf16(x)) if planes == "bf16" and packed.encoding == "bf16" else x
-        y = (rounded[:, : packed.cols].astype(np.float64) @ self._matrix(name).T).astype(np.float32)
+        # row by row: what a token gets must not depend on how many others are in the step
+        y = np.stack([self._matrix(name) @ row for row in rounded.astype(np.float64)]).astype(np.float32)
         return y if offset is None else y + offset
 
     def rows(self, name: str, indices: I32) -> F32:
         """Rows of a table, all stored planes read."""
-        return self._matrix(name)[indices].astype(np.float32)
+        found: F32 = self._matrix(name)[indices].astype(np.float32)
+        return found
 
     def vector(self, name: str) -> F32:
         """A norm's weight or a bias."""
@@ -108,10 +112,9 @@ class ReferenceExecutor:
         return vector
 
     def _matrix(self, name: str) -> F64:
-        key = (name, "all")
-        if key not in self._unpacked:
-            self._unpacked[key] = unpack(self._tensors[name]).astype(np.float64)
-        return self._unpacked[key]
+        if name not in self._unpacked:
+            self._unpacked[name] = unpack(self._tensors[name]).astype(np.float64)
+        return self._unpacked[name]
 
     # ---- K and V ----------------------------------------------------------------------------------------------------
 
@@ -139,9 +142,12 @@ def as_stored(x: F32, kind: KvType) -> F32:
     if kind == "bf16":
         return from_bf16(to_bf16(x))
     greatest = np.abs(x).max(axis=-1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        inverse = np.where(greatest > 0, np.float32(127) / greatest, np.float32(0))
-    return np.rint(x * inverse).astype(np.float32) * (greatest / np.float32(127))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        inverse = np.float32(127) / greatest
+        scale = np.where(np.isinf(inverse), np.float32(0), greatest / np.float32(127))
+        codes = np.where(np.isinf(inverse), np.float32(0), np.rint(x * inverse))
+        stored: F32 = (codes * scale).astype(np.float32)
+    return stored
 
 
 def check_batch(batch: StepBatch, executor: Any) -> None:
@@ -160,7 +166,10 @@ def check_batch(batch: StepBatch, executor: Any) -> None:
     if batch.past.shape != (sequences,) or batch.block_tables.shape[:1] != (sequences,) or (batch.past < 0).any():
         raise InputError("past and block_tables must have a row for every span")
     for index in range(sequences):
-        needed = -(-int(batch.past[index] + starts[index + 1] - starts[index]) // KV_BLOCK_TOKENS)
+        length = int(batch.past[index] + starts[index + 1] - starts[index])
+        if length > executor.plan.max_context:
+            raise InputError(f"span {index} reaches position {length}, the context is {executor.plan.max_context}")
+        needed = -(-length // KV_BLOCK_TOKENS)
         table = batch.block_tables[index, :needed]
         if table.size < needed or table.min() < 0 or table.max() >= executor.kv_blocks:
             raise InputError(f"the block table of span {index} does not cover its positions")
