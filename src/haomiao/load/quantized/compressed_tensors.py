@@ -117,7 +117,8 @@ class CompressedTensors:
             if values.dtype != np.int8 or values.shape != shape:
                 raise ModelError(f"{prefix}{plain}: int8 of shape {shape} is expected")
             return values
-        return self._offset(self._checkpoint.raw(prefix + packed), prefix)[:, : shape[1]]
+        unpacked: Array = self._offset(self._checkpoint.raw(prefix + packed), prefix)[:, : shape[1]]
+        return unpacked
 
     def _offset(self, words: Array, prefix: str) -> Array:
         bits = self.bits(prefix)
@@ -135,7 +136,8 @@ class CompressedTensors:
         if stored.dtype == np.int32 and stored.ndim == 2 and stored.shape[1] == groups:
             packed = self._offset(np.ascontiguousarray(stored.T), prefix)  # [groups, rows or a few more]
             if rows <= packed.shape[1] < rows + 32:
-                return packed[:, :rows].T
+                zeros: Array = packed[:, :rows].T
+                return zeros
         raise ModelError(f"{name}: shape {stored.shape} does not fit {rows} rows and {groups} groups")
 
     def _group_of(self, prefix: str, cols: int, groups: int, group: int) -> Array | None:
