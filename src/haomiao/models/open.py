@@ -5,13 +5,15 @@ Knows where models come from and go to; nothing about executors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from haomiao.errors import InputError, ModelError, ModelNotFoundError
 from haomiao.load.artifact import Artifact, is_artifact
-from haomiao.models.convert import Scheme, convert
+from haomiao.load.source import Progress, TensorSource
+from haomiao.models.config import eos_token_ids
+from haomiao.models.convert import convert
+from haomiao.models.encode import Scheme
 from haomiao.models.plan import Plan
 from haomiao.models.registry import plan_for, position_limit
 from haomiao.models.weights import check_weights
@@ -19,7 +21,6 @@ from haomiao.types import POINTS
 
 EMBEDDED = "haomiao-4m"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-SCHEMES: dict[str, Scheme] = {"full": "full", "bf16": "bf16", "int8": "nested", "int4": "nested"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class OpenedModel:
     files_dir: Path
     """Where tokenizer.json and its companions lie."""
 
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer, by the checkpoint's config."""
+        return eos_token_ids(self.artifact.meta["config"])
+
     def with_context(self, max_context: int) -> OpenedModel:
         """The same model, planned for sequences of up to `max_context` tokens."""
         return replace(self, plan=plan_for(self.artifact.meta["config"], max_context))
@@ -51,7 +57,7 @@ def open_model(
     revision: str | None = None,
     offline: bool | None = None,
     hugepages: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> OpenedModel:
     """Open an artifact, or convert a checkpoint (directory, GGUF file, Hugging Face id) into the cache and open that.
 
@@ -70,8 +76,8 @@ def open_model(
 
     source = open_source(name, revision=revision, offline=offline, progress=progress)
     try:
-        scheme = SCHEMES[point or "int8"]
-        options = {"scheme": scheme} if scheme != "nested" else {"scheme": scheme, "group": group}
+        scheme = scheme_for(source, point)
+        options = {"scheme": scheme} if scheme in ("full", "bf16") else {"scheme": scheme, "group": group}
         target = cache.artifact_path(source.name, source.identity, **options)
         with cache.conversion_lock(target):
             if not is_artifact(target):
@@ -80,6 +86,17 @@ def open_model(
         return opened(target, source.name, point, max_context, hugepages)
     finally:
         source.close()
+
+
+def scheme_for(source: TensorSource, point: str | None) -> Scheme:
+    """How to convert a checkpoint for a point: floats as floats, else nested planes; a checkpoint of 8-bit codes keeps
+    them unless int4 is asked for."""
+    dtypes = {source.dtype(name) for name in source.names()}
+    if point == "full" or (point == "bf16" and dtypes == {"bf16"}):
+        return "full"
+    if point == "bf16":
+        return "bf16"
+    return "exact" if any("8" in dtype for dtype in dtypes) and point != "int4" else "nested"
 
 
 def embedded_path() -> Path:
