@@ -1,8 +1,8 @@
 // Linear kernels for AVX-512 with VNNI. One register holds 16 rows, a tile is two registers wide.
 //
-// Int points: up to 6 tokens share one pass over a tile, its bytes unpacked in registers; for more tokens the tile is
-// unpacked once to unsigned bytes in `scratch` and used for all of them. Either way every output is the same sum in the
-// same order (docs/ARCHITECTURE.md, section 6), so that a token's bits do not depend on its company.
+// Int points: up to 8 tokens share one pass over a tile, its bytes unpacked in registers; for many tokens a part of the
+// tile is unpacked once, to unsigned bytes in `scratch`. Either way every output is the same sum in the same order
+// (docs/ARCHITECTURE.md, section 6), so that a token's bits do not depend on its company.
 #include <immintrin.h>
 
 #include "kernels/linear/layout.h"
@@ -14,22 +14,16 @@
 namespace haomiao {
 namespace {
 
-constexpr int kMostShared = 6;  // tokens that share one pass: 2 x 6 integer and 2 x 6 float accumulators in registers
-constexpr int kDirectTokens = 12;  // up to so many tokens a tile is read again rather than unpacked
-constexpr int kMostFloat = 8;      // tokens that share one pass of the float kernels
+constexpr int kMostShared = 8;     // tokens that share one pass over a tile
+constexpr int kBestShared = 6;     // most whose accumulators all stay in registers: 2 x 6 integer and 2 x 6 float
+constexpr int kFewTokens = 24;     // up to so many tokens unpacking a tile does not pay
+constexpr int kPartBlocks = 12;    // unpacked, 14 KiB; a multiple of every group / 32
+constexpr int kPanelTokens = 192;  // a multiple of kBestShared
 constexpr int kPrefetchBytes = 4608;
 
 // The dot product as assembly: gcc 12 copies and spills the accumulators of the intrinsic.
 HAOMIAO_INLINE void add_dot(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
-}
-
-HAOMIAO_INLINE void add_word_dot(__m512i& sum, __m512i a, __m512i b) {
-  __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-}
-
-HAOMIAO_INLINE __m512 scales_at(const uint8_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
 // Where the results of one tile go.
@@ -58,35 +52,38 @@ Target target_of(const LinearCall& call, int tile, int token) {
 
 // How 32 columns x 32 rows of weights are stored; each becomes unsigned bytes code + zero.
 enum class Form {
-  hi,        // nibbles, zero = 8
-  both,      // two planes of nibbles, lo_shift 4, zero = 136
-  shifted,   // two planes of nibbles, lo_shift 0..3, zero = 8 * 2^lo_shift + 8
-  bytes,     // one byte each, zero = 128
-  unpacked,  // bytes made by unpack_tile(), with f32 scales
+  hi,            // nibbles
+  both,          // two planes of nibbles, lo_shift 4
+  shifted,       // two planes of nibbles, lo_shift 0..3
+  bytes,         // one byte each
+  unpacked_hi,   // bytes made by unpack_tile<hi>, with f32 scales
+  unpacked_both  // bytes made by unpack_tile<both> or <shifted>, with f32 scales
 };
 
-struct Tile {
+// A run of blocks of one tile.
+struct Part {
   const uint8_t *hi, *lo;
   int blocks;            // of 32 columns
   int blocks_per_scale;  // group / 32
   int shift;             // lo_shift
-  int zero_over_8;
-  float scale_factor;
+  bool first, last;      // of the tile
 };
 
-constexpr int kUnpackedScales = kTileRows * 4;
+constexpr int kUnpackedScales = kTileRows * 4, kUnpackedBlock = kUnpackedScales + kByteBytes;
 
-template <Form F>
-constexpr int kBlockBytes = F == Form::bytes || F == Form::unpacked ? kByteBytes : kNibbleBytes;
-
-template <Form F>
-constexpr int kGroupScaleBytes = F == Form::unpacked ? kUnpackedScales : kScaleBytes;
+constexpr bool is_unpacked(Form f) { return f == Form::unpacked_hi || f == Form::unpacked_both; }
+constexpr bool has_lo(Form f) { return f == Form::both || f == Form::shifted; }
+constexpr bool has_bytes(Form f) { return f == Form::bytes || is_unpacked(f); }
+constexpr int block_bytes(Form f) { return has_bytes(f) ? kByteBytes : kNibbleBytes; }
+constexpr Zero zero_of(Form f) {
+  return f == Form::bytes ? kZero128 : f == Form::hi || f == Form::unpacked_hi ? kZero8 : kZero136;
+}
 
 // Unsigned bytes of columns 8j..8j+3 (`left`) and 8j+4..8j+7 (`right`), rows 0..15 and 16..31, in ascending addresses.
 template <Form F>
-HAOMIAO_INLINE void load_columns(const uint8_t* hi, const uint8_t* lo, int j, __m128i shift, __m512i left[2],
+HAOMIAO_INLINE void load_columns(const uint8_t* hi, const uint8_t* lo, int j, int shift, __m512i left[2],
                                  __m512i right[2]) {
-  if constexpr (F == Form::bytes || F == Form::unpacked) {
+  if constexpr (has_bytes(F)) {
     for (int r = 0; r < 2; ++r) left[r] = _mm512_loadu_si512(hi + j * 256 + r * 64);
     for (int r = 0; r < 2; ++r) right[r] = _mm512_loadu_si512(hi + j * 256 + 128 + r * 64);
     return;
@@ -94,7 +91,7 @@ HAOMIAO_INLINE void load_columns(const uint8_t* hi, const uint8_t* lo, int j, __
   const __m512i low = _mm512_set1_epi8(15);
   for (int r = 0; r < 2; ++r) {
     const __m512i h = _mm512_loadu_si512(hi + (2 * j + r) * 64);
-    if constexpr (F == Form::hi) {
+    if constexpr (!has_lo(F)) {
       left[r] = _mm512_and_si512(h, low);
       right[r] = _mm512_and_si512(_mm512_srli_epi16(h, 4), low);
       continue;
@@ -104,12 +101,32 @@ HAOMIAO_INLINE void load_columns(const uint8_t* hi, const uint8_t* lo, int j, __
       left[r] = _mm512_ternarylogic_epi32(low, l, _mm512_slli_epi16(h, 4), 0xca);
       right[r] = _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(l, 4), h, 0xca);
     } else {
+      const __m128i count = _mm_cvtsi32_si128(shift);
+      const __m512i offset = _mm512_set1_epi8(static_cast<char>(128 - (8 << shift)));  // makes the zero 136
       const __m512i h_left = _mm512_and_si512(h, low), h_right = _mm512_and_si512(_mm512_srli_epi16(h, 4), low);
       const __m512i l_left = _mm512_and_si512(l, low), l_right = _mm512_and_si512(_mm512_srli_epi16(l, 4), low);
-      left[r] = _mm512_add_epi8(_mm512_sll_epi16(h_left, shift), l_left);
-      right[r] = _mm512_add_epi8(_mm512_sll_epi16(h_right, shift), l_right);
+      left[r] = _mm512_add_epi8(_mm512_add_epi8(_mm512_sll_epi16(h_left, count), l_left), offset);
+      right[r] = _mm512_add_epi8(_mm512_add_epi8(_mm512_sll_epi16(h_right, count), l_right), offset);
     }
   }
+}
+
+// Scales of rows 0..15 and 16..31; returns where the codes begin.
+template <Form F>
+HAOMIAO_INLINE const uint8_t* load_scales(const uint8_t* group, __m512 factor, __m512 scale[2]) {
+  for (int r = 0; r < 2; ++r) {
+    if constexpr (is_unpacked(F)) {
+      scale[r] = _mm512_loadu_ps(group + r * 64);
+    } else {
+      scale[r] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + r * 32)));
+      if constexpr (has_lo(F)) scale[r] = _mm512_mul_ps(scale[r], factor);
+    }
+  }
+  return group + (is_unpacked(F) ? kUnpackedScales : kScaleBytes);
+}
+
+HAOMIAO_INLINE const ActivationGroup& group_at(const uint8_t* x, size_t bytes) {
+  return *reinterpret_cast<const ActivationGroup*>(x + bytes);
 }
 
 HAOMIAO_INLINE __m512i broadcast_columns(const ActivationGroup& x, int quad) {
@@ -118,142 +135,158 @@ HAOMIAO_INLINE __m512i broadcast_columns(const ActivationGroup& x, int quad) {
   return _mm512_set1_epi32(four);
 }
 
-// y[m] = sum over blocks for M tokens that start at x, `stride` bytes apart.
-template <Form F, int M>
-void multiply_tile(const Tile& tile, const uint8_t* x, size_t stride, const Target& target) {
-  __m512 y[M][2];
+HAOMIAO_INLINE void prefetch_lines(const uint8_t* begin, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(begin + i), _MM_HINT_T0);
+}
+
+// One block of 32 columns: y[m] += scale * (sum over its columns), for M tokens `stride` bytes apart. `Keep` also
+// writes the block to `kept`, unpacked: [32 f32 scales][8 x 128 bytes].
+template <Form F, int M, bool Keep>
+HAOMIAO_INLINE void add_block(const uint8_t* hi, const uint8_t* lo, int shift, const __m512 scale[2], const uint8_t* x,
+                              size_t stride, __m512 y[M][2], uint8_t* kept) {
+  if constexpr (Keep) {
+    for (int r = 0; r < 2; ++r) _mm512_store_ps(kept + r * 64, scale[r]);
+  }
+  __m512i sum[M][2];
   HAOMIAO_UNROLL
-  for (int m = 0; m < M; ++m) y[m][0] = y[m][1] = _mm512_setzero_ps();
-  const uint8_t *hi = tile.hi, *lo = tile.lo;
-  const __m128i shift = _mm_cvtsi32_si128(tile.shift);
-  const __m512i zero_over_8 = _mm512_set1_epi32(tile.zero_over_8);  // one word; the word above it is 0
-  const __m512 factor = _mm512_set1_ps(tile.scale_factor);
-  for (int block = 0; block < tile.blocks;) {
-    __m512 weight_scale[2];
-    for (int r = 0; r < 2; ++r) {
-      if constexpr (F == Form::unpacked) {
-        weight_scale[r] = _mm512_loadu_ps(hi + r * 64);
-      } else {
-        weight_scale[r] = scales_at(hi + r * 32);
-        if constexpr (F == Form::both || F == Form::shifted) weight_scale[r] = _mm512_mul_ps(weight_scale[r], factor);
+  for (int m = 0; m < M; ++m) {
+    sum[m][0] = sum[m][1] = _mm512_set1_epi32(group_at(x, m * stride).correction[zero_of(F)]);
+  }
+  HAOMIAO_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    __m512i columns[2][2];
+    load_columns<F>(hi, lo, j, shift, columns[0], columns[1]);
+    if constexpr (Keep) {
+      for (int i = 0; i < 4; ++i) _mm512_store_si512(kept + kUnpackedScales + j * 256 + i * 64, columns[i / 2][i % 2]);
+    }
+    HAOMIAO_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      HAOMIAO_UNROLL
+      for (int m = 0; m < M; ++m) {
+        const __m512i q = broadcast_columns(group_at(x, m * stride), 2 * j + half);
+        add_dot(sum[m][0], columns[half][0], q);
+        add_dot(sum[m][1], columns[half][1], q);
       }
     }
-    hi += kGroupScaleBytes<F>;
-    for (int end = block + tile.blocks_per_scale; block < end; ++block) {
-      __m512i sum[M][2];
-      HAOMIAO_UNROLL
-      for (int m = 0; m < M; ++m) {
-        const ActivationGroup& group = *reinterpret_cast<const ActivationGroup*>(x + m * stride);
-        const __m512i minus8_sum = _mm512_set1_epi32(group.minus8_sum);
-        if constexpr (F == Form::hi) {
-          sum[m][0] = minus8_sum;
-        } else {
-          sum[m][0] = _mm512_setzero_si512();
-          add_word_dot(sum[m][0], zero_over_8, minus8_sum);
-        }
-        sum[m][1] = sum[m][0];
-      }
-      HAOMIAO_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        __m512i left[2], right[2];
-        load_columns<F>(hi, lo, j, shift, left, right);
-        if constexpr (M >= 3 && F != Form::unpacked) {
-          for (int line = 0; line < kBlockBytes<F> / 64; line += 4) {
-            _mm_prefetch(reinterpret_cast<const char*>(hi + (line + j) * 64 + kPrefetchBytes), _MM_HINT_T0);
-            if (F == Form::both || F == Form::shifted) {
-              _mm_prefetch(reinterpret_cast<const char*>(lo + (line + j) * 64 + kPrefetchBytes), _MM_HINT_T0);
-            }
-          }
-        }
-        HAOMIAO_UNROLL
-        for (int m = 0; m < M; ++m) {
-          const __m512i q = broadcast_columns(*reinterpret_cast<const ActivationGroup*>(x + m * stride), 2 * j);
-          add_dot(sum[m][0], left[0], q);
-          add_dot(sum[m][1], left[1], q);
-        }
-        HAOMIAO_UNROLL
-        for (int m = 0; m < M; ++m) {
-          const __m512i q = broadcast_columns(*reinterpret_cast<const ActivationGroup*>(x + m * stride), 2 * j + 1);
-          add_dot(sum[m][0], right[0], q);
-          add_dot(sum[m][1], right[1], q);
-        }
-      }
-      HAOMIAO_UNROLL
-      for (int m = 0; m < M; ++m) {
-        const __m512 s = _mm512_set1_ps(reinterpret_cast<const ActivationGroup*>(x + m * stride)->scale);
-        for (int r = 0; r < 2; ++r) {
-          y[m][r] = _mm512_fmadd_ps(_mm512_mul_ps(weight_scale[r], s), _mm512_cvtepi32_ps(sum[m][r]), y[m][r]);
-        }
-      }
-      hi += kBlockBytes<F>;
-      lo += kNibbleBytes;
+  }
+  HAOMIAO_UNROLL
+  for (int m = 0; m < M; ++m) {
+    const __m512 s = _mm512_set1_ps(group_at(x, m * stride).scale);
+    for (int r = 0; r < 2; ++r) {
+      y[m][r] = _mm512_fmadd_ps(_mm512_mul_ps(scale[r], s), _mm512_cvtepi32_ps(sum[m][r]), y[m][r]);
+    }
+  }
+}
+
+// The blocks of `part` for M tokens that start at x. What earlier blocks of the row added up to lies in `sums`
+// [M][32 rows] unless `part` is the first; there it goes unless `part` is the last. `Keep` leaves the blocks unpacked
+// at `kept`.
+template <Form F, int M, bool Keep = false>
+void multiply_part(const Part& part, const uint8_t* x, size_t stride, float* sums, const Target& target,
+                   uint8_t* kept = nullptr) {
+  __m512 y[M][2];
+  HAOMIAO_UNROLL
+  for (int m = 0; m < M; ++m) {
+    for (int r = 0; r < 2; ++r) y[m][r] = part.first ? _mm512_setzero_ps() : _mm512_load_ps(sums + m * 32 + r * 16);
+  }
+  const __m512 factor = _mm512_set1_ps(plane_factor(part.shift));
+  const uint8_t *hi = part.hi, *lo = part.lo;
+  for (int block = 0; block < part.blocks;) {
+    __m512 scale[2];
+    hi = load_scales<F>(hi, factor, scale);
+    for (int end = block + part.blocks_per_scale; block < end; ++block) {
+      if constexpr (F == Form::hi && M > 4) prefetch_lines(hi + kPrefetchBytes, kNibbleBytes + kScaleBytes);
+      add_block<F, M, Keep>(hi, lo, part.shift, scale, x, stride, y, kept);
+      if constexpr (Keep) kept += kUnpackedBlock;
+      hi += block_bytes(F);
+      if constexpr (has_lo(F)) lo += kNibbleBytes;
       x += sizeof(ActivationGroup);
     }
   }
   HAOMIAO_UNROLL
   for (int m = 0; m < M; ++m) {
-    for (int r = 0; r < 2; ++r) target.store(m, r, y[m][r]);
-  }
-}
-
-// Blocks of [32 f32 scales][8 x 128 bytes], as multiply_tile<Form::unpacked> reads them.
-template <Form F>
-Tile unpack_tile(const Tile& tile, uint8_t* out) {
-  const uint8_t *hi = tile.hi, *lo = tile.lo, *begin = out;
-  const __m128i shift = _mm_cvtsi32_si128(tile.shift);
-  const __m512 factor = _mm512_set1_ps(tile.scale_factor);
-  for (int block = 0; block < tile.blocks;) {
-    const __m512 upper = _mm512_mul_ps(scales_at(hi), factor), lower = _mm512_mul_ps(scales_at(hi + 32), factor);
-    hi += kScaleBytes;
-    for (int end = block + tile.blocks_per_scale; block < end; ++block) {
-      _mm512_store_ps(out, upper);
-      _mm512_store_ps(out + 64, lower);
-      for (int j = 0; j < 4; ++j) {
-        __m512i left[2], right[2];
-        load_columns<F>(hi, lo, j, shift, left, right);
-        uint8_t* columns = out + kUnpackedScales + j * 256;
-        for (int r = 0; r < 2; ++r) _mm512_store_si512(columns + r * 64, left[r]);
-        for (int r = 0; r < 2; ++r) _mm512_store_si512(columns + 128 + r * 64, right[r]);
+    for (int r = 0; r < 2; ++r) {
+      if (part.last) {
+        target.store(m, r, y[m][r]);
+      } else {
+        _mm512_store_ps(sums + m * 32 + r * 16, y[m][r]);
       }
-      hi += kBlockBytes<F>;
-      lo += kNibbleBytes;
-      out += kUnpackedScales + kByteBytes;
     }
   }
-  return {begin, nullptr, tile.blocks, 1, 0, tile.zero_over_8, 1.0f};
 }
 
+using MultiplyPart = void (*)(const Part&, const uint8_t*, size_t, float*, const Target&, uint8_t*);
+
 template <Form F>
-void multiply_tokens(const Tile& tile, const LinearCall& call, int index) {
-  constexpr decltype(&multiply_tile<F, 1>) kernels[] = {multiply_tile<F, 1>, multiply_tile<F, 2>, multiply_tile<F, 3>,
-                                                        multiply_tile<F, 4>, multiply_tile<F, 5>, multiply_tile<F, 6>};
-  const size_t stride = activation_stride(Activation::int8, call.weight->padded_cols);
+constexpr MultiplyPart kMultiply[] = {multiply_part<F, 1>, multiply_part<F, 2>, multiply_part<F, 3>,
+                                      multiply_part<F, 4>, multiply_part<F, 5>, multiply_part<F, 6>,
+                                      multiply_part<F, 7>, multiply_part<F, 8>};
+
+// Blocks [begin, end) of a tile; begin is a multiple of the blocks that share a scale.
+template <Form F>
+Part part_of(const Weight& w, int tile, int begin, int end) {
+  const int blocks = w.padded_cols / kGroup, per_scale = w.group / kGroup;
+  const int group_bytes = kScaleBytes + per_scale * block_bytes(F);
+  return {w.hi + tile * w.hi_tile_bytes + int64_t{begin / per_scale} * group_bytes,
+          has_lo(F) ? w.lo + tile * w.lo_tile_bytes + int64_t{begin} * kNibbleBytes : nullptr,
+          end - begin,
+          per_scale,
+          w.lo_shift,
+          begin == 0,
+          end == blocks};
+}
+
+// A few tokens: the tile streams through the registers, once for each pass of up to 8 tokens.
+template <Form F>
+void multiply_few(const LinearCall& call, int tile) {
+  const Weight& w = *call.weight;
+  const size_t stride = activation_stride(Activation::int8, w.padded_cols);
   const uint8_t* x = static_cast<const uint8_t*>(call.activations);
+  const Part whole = part_of<F>(w, tile, 0, w.padded_cols / kGroup);
   int passes = (call.tokens + kMostShared - 1) / kMostShared;
   for (int token = 0, count; token < call.tokens; token += count, --passes) {
     count = (call.tokens - token + passes - 1) / passes;
-    kernels[count - 1](tile, x + token * stride, stride, target_of(call, index, token));
+    kMultiply<F>[count - 1](whole, x + token* stride, stride, nullptr, target_of(call, tile, token), nullptr);
+  }
+}
+
+// Many tokens: a part of the tile that fits the first cache, unpacked, serves a whole panel of tokens. The first pass
+// unpacks it on the way, so that reading memory overlaps with arithmetic.
+template <Form F>
+void multiply_panel(const LinearCall& call, int tile, int first, int last) {
+  constexpr Form unpacked = F == Form::bytes ? Form::bytes : F == Form::hi ? Form::unpacked_hi : Form::unpacked_both;
+  const Weight& w = *call.weight;
+  const size_t stride = activation_stride(Activation::int8, w.padded_cols);
+  const uint8_t* x = static_cast<const uint8_t*>(call.activations);
+  float* sums = static_cast<float*>(call.scratch);
+  uint8_t* kept = static_cast<uint8_t*>(call.scratch) + kPanelTokens * kTileRows * 4;
+  const int blocks = w.padded_cols / kGroup;
+  for (int begin = 0; begin < blocks; begin += kPartBlocks, x += kPartBlocks * sizeof(ActivationGroup)) {
+    Part part = part_of<F>(w, tile, begin, blocks - begin < kPartBlocks ? blocks : begin + kPartBlocks);
+    int token = first;
+    if (F != Form::bytes && last - first > kBestShared) {
+      multiply_part<F, kBestShared, true>(part, x + token * stride, stride, sums, target_of(call, tile, token), kept);
+      part = {kept, nullptr, part.blocks, 1, part.shift, part.first, part.last};
+      token += kBestShared;
+    }
+    for (; token < last; token += kBestShared) {
+      const int count = last - token < kBestShared ? last - token : kBestShared;
+      const MultiplyPart multiply = part.hi == kept ? kMultiply<unpacked>[count - 1] : kMultiply<F>[count - 1];
+      multiply(part, x + token * stride, stride, sums + (token - first) * kTileRows, target_of(call, tile, token),
+               nullptr);
+    }
   }
 }
 
 template <Form F>
 void linear_int(const LinearCall& call) {
-  const Weight& w = *call.weight;
-  const bool with_lo = F == Form::both || F == Form::shifted;
-  for (int index = call.tile_begin; index < call.tile_end; ++index) {
-    const Tile tile = {w.hi + index * w.hi_tile_bytes,
-                       with_lo ? w.lo + index * w.lo_tile_bytes : nullptr,
-                       w.padded_cols / kGroup,
-                       w.group / kGroup,
-                       w.lo_shift,
-                       F == Form::hi      ? 1
-                       : F == Form::bytes ? 16
-                                          : (1 << w.lo_shift) + 1,
-                       with_lo ? plane_factor(w.lo_shift) : 1.0f};
-    if (F == Form::bytes || call.tokens <= kDirectTokens) {
-      multiply_tokens<F>(tile, call, index);
-    } else {
-      multiply_tokens<Form::unpacked>(unpack_tile<F>(tile, static_cast<uint8_t*>(call.scratch)), call, index);
+  for (int tile = call.tile_begin; tile < call.tile_end; ++tile) {
+    if (call.tokens <= kFewTokens) {
+      multiply_few<F>(call, tile);
+      continue;
+    }
+    for (int token = 0; token < call.tokens; token += kPanelTokens) {
+      multiply_panel<F>(call, tile, token, call.tokens - token < kPanelTokens ? call.tokens : token + kPanelTokens);
     }
   }
 }
@@ -319,8 +352,8 @@ void linear_float(const LinearCall& call) {
   const size_t stride = activation_stride(A, w.padded_cols);
   const uint8_t* x = static_cast<const uint8_t*>(call.activations);
   for (int index = call.tile_begin; index < call.tile_end; ++index) {
-    for (int token = 0; token < call.tokens; token += kMostFloat) {
-      const int count = call.tokens - token < kMostFloat ? call.tokens - token : kMostFloat;
+    for (int token = 0; token < call.tokens; token += kMostShared) {
+      const int count = call.tokens - token < kMostShared ? call.tokens - token : kMostShared;
       kernels[count - 1](w.hi + index * w.hi_tile_bytes, w.padded_cols, x + token * stride, stride,
                          target_of(call, index, token));
     }
@@ -345,8 +378,8 @@ void linear(const LinearCall& call) {
 }
 
 size_t scratch_bytes(const Weight& weight, int tokens) {
-  if (weight.encoding != Encoding::planes || tokens <= kDirectTokens) return 0;
-  return static_cast<size_t>(weight.padded_cols / kGroup) * (kUnpackedScales + kByteBytes);
+  if (tokens <= kFewTokens || weight.encoding == Encoding::f32 || weight.encoding == Encoding::bf16) return 0;
+  return static_cast<size_t>(kPanelTokens) * kTileRows * 4 + kPartBlocks * kUnpackedBlock;
 }
 
 // ---- activations ----------------------------------------------------------------------------------------------------
@@ -365,7 +398,7 @@ HAOMIAO_INLINE void quantize_group(const float* x, __mmask16 first, __mmask16 se
   if (!finite) qa = qb = _mm512_setzero_si512();
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out->q), _mm512_cvtepi32_epi8(qa));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out->q + 16), _mm512_cvtepi32_epi8(qb));
-  out->minus8_sum = -8 * _mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb));
+  set_corrections(out, _mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb)));
   out->scale = usable ? f32_from_bits(greatest) / 127.0f : finite ? 0.0f : f32_from_bits(0x7fc00000u);
 }
 

@@ -13,15 +13,24 @@ inline constexpr int kScaleBytes = kTileRows * 2;            // the f16 scales o
 inline constexpr int kNibbleBytes = kTileRows * kGroup / 2;  // one plane of 32 rows x 32 columns
 inline constexpr int kByteBytes = kTileRows * kGroup;        // int8 codes of 32 rows x 32 columns
 
+// What is added to a code to make an unsigned byte, as the dot products of x86 want one operand: nibbles are stored +
+// 8, bytes + 128, and both planes together are + 136 once they are unpacked, whatever their lo_shift.
+enum Zero { kZero8 = 0, kZero128 = 1, kZero136 = 2 };
+
 // One token's 32 columns at an int point: x ~ scale * q. A token's groups lie side by side, tokens one after the other,
-// so that where a token stands depends on nothing but its index. The unsigned weight bytes u = code + zero are
-// corrected by -zero * sum(q), and every zero is 8 times a sum of powers of two: see zero_correction().
+// so that where a token stands depends on nothing but its index.
 struct ActivationGroup {
   int8_t q[kGroup];
-  int32_t minus8_sum;  // -8 * sum(q)
+  int32_t correction[3];  // -zero * sum(q) for the three zeros
   float scale;
 };
-static_assert(sizeof(ActivationGroup) == 40);
+static_assert(sizeof(ActivationGroup) == 48);
+
+static inline void set_corrections(ActivationGroup* group, int32_t sum) {
+  group->correction[kZero8] = -8 * sum;
+  group->correction[kZero128] = -128 * sum;
+  group->correction[kZero136] = -136 * sum;
+}
 
 // Bytes between two tokens of prepared activations.
 static inline size_t activation_stride(Activation kind, int padded_cols) {

@@ -36,7 +36,7 @@ void quantize_group(const float* x, int count, ActivationGroup* out) {
     out->q[i] = static_cast<int8_t>(q);
     sum += q;
   }
-  out->minus8_sum = -8 * sum;
+  set_corrections(out, sum);
 }
 
 void prepare(Activation kind, const float* x, int64_t stride, int, int first, int last, int cols, int padded_cols,
