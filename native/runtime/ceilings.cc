@@ -141,16 +141,22 @@ void run_avx2() {
 
 #elif defined(__aarch64__)
 
+#if defined(__linux__)
+#define HAOMIAO_ARCH ".arch armv8.2-a+dotprod\n\t"  // this file is compiled for the plain architecture
+#else
+#define HAOMIAO_ARCH
+#endif
+
 void run_neon() {
   for (int64_t i = 0; i < kRounds; ++i) {
 #define HAOMIAO_DOT(n) "sdot v" #n ".4s, v30.16b, v31.16b\n\t"
-    __asm__ volatile(
-        ".arch_extension dotprod\n\t" HAOMIAO_DOT(0) HAOMIAO_DOT(1) HAOMIAO_DOT(2) HAOMIAO_DOT(3) HAOMIAO_DOT(4)
-            HAOMIAO_DOT(5) HAOMIAO_DOT(6) HAOMIAO_DOT(7) HAOMIAO_DOT(16) HAOMIAO_DOT(17) HAOMIAO_DOT(18) HAOMIAO_DOT(19)
-                HAOMIAO_DOT(20) HAOMIAO_DOT(21) HAOMIAO_DOT(22) HAOMIAO_DOT(23)
-        :
-        :
-        : "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v16", "v17", "v18", "v19", "v20", "v21", "v22", "v23");
+    __asm__ volatile(HAOMIAO_ARCH HAOMIAO_DOT(0) HAOMIAO_DOT(1) HAOMIAO_DOT(2) HAOMIAO_DOT(3) HAOMIAO_DOT(4)
+                         HAOMIAO_DOT(5) HAOMIAO_DOT(6) HAOMIAO_DOT(7) HAOMIAO_DOT(16) HAOMIAO_DOT(17) HAOMIAO_DOT(18)
+                             HAOMIAO_DOT(19) HAOMIAO_DOT(20) HAOMIAO_DOT(21) HAOMIAO_DOT(22) HAOMIAO_DOT(23)
+                     :
+                     :
+                     : "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v16", "v17", "v18", "v19", "v20", "v21", "v22",
+                       "v23");
 #undef HAOMIAO_DOT
   }
 }

@@ -13,11 +13,11 @@ struct Entry {
 
 constexpr Entry kEntries[] = {
 #if defined(__x86_64__)
-    {"avx512_bf16", &kAvx512Linear},
+    {"avx512_bf16", &kAvx512Bf16Linear},
     {"avx512", &kAvx512Linear},
-    {"avx2", &kScalarLinear},
+    {"avx2", &kAvx2Linear},
 #elif defined(__aarch64__)
-    {"neon", &kScalarLinear},
+    {"neon", &kNeonLinear},
 #endif
     {"scalar", &kScalarLinear},
 };
