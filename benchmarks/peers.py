@@ -6,7 +6,7 @@
 PYTHON is an interpreter that has llama-cpp-python (its own environment is best); by default this one. Each engine is a
 process of its own that loads the model once; runs alternate, so that a machine that slows down slows both. The peer is
 measured below its Python layer (llama_decode on ready batches, no sampling); ours through `LLM.stream`, sampling and
-Python included. Q4_0 runs at our `int4`, Q8_0 at `int8`. Prints the ceilings first, medians with least and greatest, and
+Python included. Q4_0 runs at our `int4`, Q8_0 at `int8`. Prints the ceilings first, then medians and extremes, and
 one JSON line last, which is also written to benchmarks/results/<name>.json.
 """
 

@@ -28,7 +28,7 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Ceilings, model, runs, report."""
-    model = options.take_model(args, needed=False)
+    model = options.take_model(args)
     given = options.runtime_options(args)
 
     from haomiao.api import LLM

@@ -29,7 +29,7 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Converse until the input ends."""
-    model = options.take_model(args, needed=False)
+    model = options.take_model(args)
     asked = options.sampling_options(args)
 
     from haomiao.api import LLM

@@ -34,7 +34,7 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Measure and print."""
-    model = options.take_model(args, needed=False)
+    model = options.take_model(args)
     given = options.runtime_options(args)
     text = options.read_text(args.text, "--text")
 

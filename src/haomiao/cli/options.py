@@ -131,16 +131,22 @@ def take_environment(args: Namespace) -> None:
                 raise InputError(f"{variable} {error}", param=variable) from error
 
 
-def take_model(args: Namespace, *, needed: bool = True) -> str | None:
-    """The model of `add_model`. Raises `InputError` if it was given twice, or not at all though `needed`."""
+def require_model(args: Namespace) -> str:
+    """The model of `add_model`. Raises `InputError` if it was given twice or not at all."""
+    model = take_model(args)
+    if model is None:
+        raise InputError("no MODEL was given", code="invalid_usage", param="model")
+    return model
+
+
+def take_model(args: Namespace) -> str | None:
+    """The model of `add_model`, None for the embedded one. Raises `InputError` if it was given twice."""
     positional = args.positional_model
     if positional is not None and args.model is not None:
         raise InputError(f"the model was given twice: {positional!r} and --model {args.model!r}", code="invalid_usage")
     if positional is not None:
         args.model = positional
     take_environment(args)
-    if args.model is None and needed:
-        raise InputError("no MODEL was given", code="invalid_usage", param="model")
     model: str | None = args.model
     return model
 
