@@ -42,3 +42,34 @@ def int8_peak(threads: int, seconds: float) -> float: ...
 # ---- artifact.cc
 
 def parse_artifact(head: npt.NDArray[Any], file_bytes: int) -> list[dict[str, Any]]: ...
+
+# ---- rowwise.cc
+
+def norm(
+    isa: str,
+    x: npt.NDArray[Any],
+    weight: npt.NDArray[Any],
+    bias: npt.NDArray[Any] | None,
+    eps: float,
+    rms: bool,
+    out: npt.NDArray[Any],
+) -> None: ...
+def rope(isa: str, x: npt.NDArray[Any], dim: int, cos_sin: npt.NDArray[Any]) -> None: ...
+def glu(isa: str, gate: npt.NDArray[Any], up: npt.NDArray[Any], function: str, out: npt.NDArray[Any]) -> None: ...
+def activate(isa: str, x: npt.NDArray[Any], function: str, out: npt.NDArray[Any]) -> None: ...
+def add(isa: str, target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None: ...
+def scale_softcap(isa: str, x: npt.NDArray[Any], scale: float, softcap: float) -> None: ...
+def argmax(isa: str, x: npt.NDArray[Any]) -> int: ...
+def attend(
+    isa: str,
+    kv: str,
+    queries: npt.NDArray[Any],
+    k: npt.NDArray[Any],
+    v: npt.NDArray[Any],
+    scale: float,
+    window: int,
+    softcap: float,
+    tokens_per_call: int,
+    splits_per_call: int,
+    out: npt.NDArray[Any],
+) -> None: ...
