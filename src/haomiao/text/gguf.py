@@ -23,11 +23,12 @@ from haomiao.text.sentencepiece_model import SentencePieceModel
 from haomiao.text.vocabulary import PieceType, Vocabulary
 
 KEY = "tokenizer.ggml."
-END_TEXTS = frozenset(
-    ["<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"]
-    + ["<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>"]
-    + ["<end_of_utterance>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["]
-)
+_NORMAL = PieceType.NORMAL
+_END_TEXTS = """
+    <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
+    <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <eos> <end_of_utterance> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[
+"""
+END_TEXTS = frozenset(_END_TEXTS.split())
 """Tokens that end an answer, whatever the file says of them (llama.cpp's end-of-generation list)."""
 _DEFAULTS: dict[str, dict[str, int]] = {
     "llama": {"bos": 1, "eos": 2, "unknown": 0},

@@ -109,9 +109,12 @@ class Normalizer:
         if self._map is not None:
             text = self._map.replace(text, self._verbatim)
         if self._collapse:
-            text = _SPACES.sub(" ", text).strip(" ")
+            text = _SPACES.sub(" ", text.lstrip(" "))
         if not text:
             return ""
-        if self._prefix:
-            text = text + " " if self._suffix else " " + text
-        return text.replace(" ", SPACE)
+        if self._prefix and not self._suffix:
+            text = " " + text
+        text = text.replace(" ", SPACE)
+        if self._collapse:  # a visible space that was in the text is stripped as well, the dummy included
+            text = text.rstrip(SPACE)
+        return text + SPACE if self._prefix and self._suffix else text

@@ -30,7 +30,8 @@ _ASCII_SIGN = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
 def _cased(end: str, numbers: str, upper: str = _UPPER, lower: str = _LOWER, punctuation: str = r"[\r\n/]*") -> str:
     """Words split where a capital follows a small letter (o200k and its family)."""
     word = r"[^\r\n\p{L}\p{N}]?"
-    return rf"{word}{upper}*{lower}+{end}|{word}{upper}+{lower}*{end}|{numbers}| ?[^\s\p{{L}}\p{{N}}]+{punctuation}|{_SPACES}"
+    words = rf"{word}{upper}*{lower}+{end}|{word}{upper}+{lower}*{end}"
+    return rf"{words}|{numbers}| ?[^\s\p{{L}}\p{{N}}]+{punctuation}|{_SPACES}"
 
 
 _O200K = _cased(rf"{_CONTRACTIONS}?", r"\p{N}{1,3}")

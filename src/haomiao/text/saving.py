@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 def files_of(parts: Parts, backend: Backend) -> dict[str, bytes]:
     """Name -> content of everything that makes up the tokenizer."""
     config = {key: value for key, value in parts.config.items() if key not in ("chat_template", "haomiao")}
+    added = backend.get_added_tokens_decoder()
     for key, id_ in (("bos_token", parts.bos_id), ("eos_token", parts.eos_ids[0] if parts.eos_ids else None)):
         if key not in config:
-            config[key] = None if id_ is None else backend.id_to_token(id_)
+            # an added token's own text: the library gives back a normalized form for some
+            config[key] = None if id_ is None else added[id_].content if id_ in added else backend.id_to_token(id_)
     config["add_bos_token"] = parts.bos_id is not None and parts.bos_id in parts.prefix
     config["add_eos_token"] = bool(parts.eos_ids) and parts.eos_ids[0] in parts.suffix
     files = {"tokenizer.json": str(backend.to_str()).encode("utf-8")}
