@@ -76,3 +76,4 @@ def attend(
     splits_per_call: int,
     out: npt.NDArray[Any],
 ) -> None: ...
+
