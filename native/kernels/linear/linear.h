@@ -30,7 +30,8 @@ struct Weight {
 struct LinearCall {
   const Weight* weight;
   Planes planes;
-  const void* activations;  // from prepare(), for all `tokens`
+  Activation activation;    // f32 weights: f32; bf16 weights: f32 or bf16; int8 and planes: int8
+  const void* activations;  // from prepare() of that kind, for all `tokens`
   int tokens;
   int tile_begin, tile_end;  // [0, ceil(rows / 32)]
   float* out;                // out[t * out_stride + row], rows beyond weight->rows are not written

@@ -8,6 +8,7 @@ namespace haomiao {
 
 enum class ActivationFunction : uint32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
 
+// Outputs may be the same memory as inputs, element for element.
 struct RowwiseKernels {
   const char* isa;
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
@@ -18,8 +19,8 @@ struct RowwiseKernels {
   void (*glu)(const float* gate, const float* up, int n, ActivationFunction f, float* out);
   void (*activate)(const float* x, int n, ActivationFunction f, float* out);
   void (*add)(float* target, const float* source, int n);
-  void (*scale_softcap)(float* x, int n, float scale, float softcap);
-  int32_t (*argmax)(const float* x, int n);  // the lowest index among the greatest; NaN never wins
+  void (*scale_softcap)(float* x, int n, float scale, float softcap);  // softcap 0: none
+  int32_t (*argmax)(const float* x, int n);  // the lowest index among the greatest; NaN never wins; 0 if all are NaN
 };
 
 // The kernels of one instruction set ("scalar", "avx2", "avx512", "avx512_bf16", "neon"), or nullptr if not compiled

@@ -1,19 +1,24 @@
 """What a checkpoint looks like to the rest: Hugging Face names, Hugging Face config terms, whatever the file was.
 
-Readers (`safetensors`, `gguf`, quantized checkpoints) implement `TensorSource`; `models.convert` consumes it.
+Readers (`checkpoint`, `gguf`, `quantized`) implement `TensorSource`; `models.convert` consumes it. `open_source` finds
+the reader for a name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from haomiao.errors import InputError, ModelError, ModelNotFoundError
 from haomiao.types import F32
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""progress(what, bytes done, bytes in all), called now and then from the thread that works."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +64,62 @@ class TensorSource(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def open_source(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    offline: bool | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> TensorSource:
+    """The checkpoint that `name` means: a model directory, a .gguf or .safetensors file, or a Hugging Face id.
+
+    An id may choose a GGUF file of its repository: `org/repo:Q4_K_M` or `org/repo/file.gguf`. `revision`, `offline`
+    (None: `HAOMIAO_OFFLINE`, `HF_HUB_OFFLINE`), `token` (None: `HF_TOKEN`) and `progress` matter to ids only.
+
+    Raises `ModelNotFoundError` if there is no such thing, `ModelError` if it is not a model that can be read,
+    `DownloadError` if the hub does not deliver. Nothing pickled and no remote code is ever loaded.
+    """
+    text = str(name)
+    if not text or "\0" in text:
+        raise InputError("the model's name is empty or holds a NUL", param="model")
+    path = Path(text).expanduser()
+    try:
+        exists = path.exists()
+    except OSError as wrong:  # a name that is too long, a directory that may not be searched
+        raise ModelNotFoundError(f"{text[:256]}: {wrong.strerror}") from None
+    if exists:
+        return open_path(path)
+    from haomiao.load import hub
+
+    if isinstance(name, Path) or not hub.is_id(text):
+        raise ModelNotFoundError(f"{text[:256]}: no such file or directory, and not a Hugging Face id")
+    return open_path(hub.download(text, revision=revision, offline=offline, token=token, progress=progress))
+
+
+def open_path(path: Path) -> TensorSource:
+    """The checkpoint in a file or directory of this machine. Errors as `open_source`."""
+    from haomiao.load.checkpoint import PICKLES, Checkpoint
+    from haomiao.load.quantized.source import with_quantization
+
+    if path.suffix.lower() in PICKLES:
+        raise ModelError(f"{path}: pickled weights are never loaded; convert them to safetensors")
+    if path.is_dir():
+        if (path / "model.haomiao").is_file():
+            raise InputError(f"{path} is an artifact, already converted", param="model")
+        ggufs = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return open_path(ggufs[0])
+        if ggufs:
+            raise ModelError(f"{path}: {len(ggufs)} GGUF files; name one of them")
+        return with_quantization(Checkpoint(path))
+    if path.suffix == ".safetensors":
+        sharded = (path.parent / "model.safetensors.index.json").exists()
+        return with_quantization(Checkpoint(path.parent, None if sharded else path))
+    if path.suffix.lower() == ".gguf":
+        from haomiao.load.gguf.source import GgufSource
+
+        return GgufSource(path)
+    raise ModelError(f"{path}: neither a model directory nor a .gguf or .safetensors file")

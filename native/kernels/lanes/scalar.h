@@ -1,0 +1,109 @@
+// Sixteen float lanes in plain C++: the meaning of every operation that the other files of this folder implement.
+// Everything is in an anonymous namespace, so that code compiled for one instruction set cannot leak into another.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace haomiao {
+namespace {
+
+struct Lanes {
+  float v[16];
+};
+
+// Rows and vectors of 16 columns that one pass of the attention kernels keeps in registers.
+constexpr int kPassRows = 4, kPassVectors = 1;
+
+template <typename F>
+inline Lanes map_lanes(F f) {
+  Lanes r;
+  for (int i = 0; i < 16; ++i) r.v[i] = f(i);
+  return r;
+}
+
+inline Lanes broadcast(float x) {
+  return map_lanes([&](int) { return x; });
+}
+inline Lanes load(const float* p) {
+  return map_lanes([&](int i) { return p[i]; });
+}
+// The first n of 16 (0 <= n <= 16); the other lanes are 0 and their memory is not touched.
+inline Lanes load_some(const float* p, int n) {
+  return map_lanes([&](int i) { return i < n ? p[i] : 0.0f; });
+}
+inline Lanes load(const uint16_t* p) {  // bf16
+  return map_lanes([&](int i) {
+    const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+  });
+}
+inline Lanes load(const int8_t* p) {
+  return map_lanes([&](int i) { return static_cast<float>(p[i]); });
+}
+inline void store(float* p, const Lanes& a) { memcpy(p, a.v, sizeof(a.v)); }
+inline void store_some(float* p, const Lanes& a, int n) {
+  for (int i = 0; i < n; ++i) p[i] = a.v[i];
+}
+
+inline Lanes add(const Lanes& a, const Lanes& b) {
+  return map_lanes([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Lanes subtract(const Lanes& a, const Lanes& b) {
+  return map_lanes([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Lanes multiply(const Lanes& a, const Lanes& b) {
+  return map_lanes([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline Lanes divide(const Lanes& a, const Lanes& b) {
+  return map_lanes([&](int i) { return a.v[i] / b.v[i]; });
+}
+// a * b + c and c - a * b, rounded once
+inline Lanes multiply_add(const Lanes& a, const Lanes& b, const Lanes& c) {
+  return map_lanes([&](int i) { return fmaf(a.v[i], b.v[i], c.v[i]); });
+}
+inline Lanes subtract_product(const Lanes& a, const Lanes& b, const Lanes& c) {
+  return map_lanes([&](int i) { return fmaf(-a.v[i], b.v[i], c.v[i]); });
+}
+// a < b ? x : y (false where either is NaN); a is NaN ? x : y
+inline Lanes select_less(const Lanes& a, const Lanes& b, const Lanes& x, const Lanes& y) {
+  return map_lanes([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
+}
+inline Lanes select_nan(const Lanes& a, const Lanes& x, const Lanes& y) {
+  return map_lanes([&](int i) { return a.v[i] != a.v[i] ? x.v[i] : y.v[i]; });
+}
+inline Lanes absolute(const Lanes& a) {
+  return map_lanes([&](int i) { return fabsf(a.v[i]); });
+}
+// bits(y) + (bits(z) << 23): y * 2^n for z = 1.5 * 2^23 + n, as long as the result is a normal number
+inline Lanes add_exponent(const Lanes& y, const Lanes& z) {
+  return map_lanes([&](int i) {
+    uint32_t a, b;
+    memcpy(&a, &y.v[i], 4);
+    memcpy(&b, &z.v[i], 4);
+    a += b << 23;
+    float f;
+    memcpy(&f, &a, 4);
+    return f;
+  });
+}
+// Lanes added 8, 4, 2, 1: lane i takes lane i + 8, then i + 4, ...
+inline float sum(const Lanes& a) {
+  Lanes r = a;
+  for (int step = 8; step >= 1; step /= 2) {
+    for (int i = 0; i < step; ++i) r.v[i] += r.v[i + step];
+  }
+  return r.v[0];
+}
+// The greatest lane; unspecified if a lane is NaN.
+inline float greatest(const Lanes& a) {
+  float m = a.v[0];
+  for (int i = 1; i < 16; ++i) m = a.v[i] > m ? a.v[i] : m;
+  return m;
+}
+inline float first(const Lanes& a) { return a.v[0]; }
+
+}  // namespace
+}  // namespace haomiao

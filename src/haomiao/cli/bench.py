@@ -1,0 +1,95 @@
+"""Measure how fast a model runs on this machine, beside the machine's own ceilings.
+
+Prompts are random token ids, so no tokenizer is needed; end-of-sequence is ignored. The ceilings are measured first,
+with the same threads: sequential reads from memory, and int8 multiply-adds.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from haomiao.cli import options, terminal
+
+
+def configure(parser: ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    options.add_model(parser)
+    options.add_runtime(parser)
+    add("--prompt-tokens", type=options.positive, default=512, help="default 512")
+    add("--new-tokens", type=options.positive, default=64, help="default 64")
+    add("--streams", type=options.positive, default=1, help="requests at once (default 1)")
+    add("--repeat", type=options.positive, default=3, help="runs measured, after one that is not (default 3)")
+    add("--seed", type=options.natural, default=0, help="of the random prompts (default 0)")
+    add("--json", action="store_true", help="print one object last")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: Namespace) -> int:
+    """Ceilings, model, runs, report."""
+    model = options.take_model(args)
+    given = options.runtime_options(args)
+
+    from haomiao.api import LLM
+    from haomiao.measure.latency import Workload, bench_report, measure_latency
+    from haomiao.measure.machine import default_threads
+    from haomiao.metrics.ceilings import measure_ceilings
+
+    workload = Workload(args.prompt_tokens, args.new_tokens, args.streams, args.repeat, seed=args.seed)
+    workload.check()
+    ceilings = measure_ceilings(args.threads or default_threads())
+    if not args.json:
+        print(f"ceilings  {ceilings.read_gb_s:.1f} GB/s read, {ceilings.int8_gops:.0f} int8 Gop/s")
+    # each stream holds a prompt and an answer; a context of its own keeps a long default from being allocated
+    given.setdefault("max_context", workload.prompt_tokens + workload.new_tokens)
+    with terminal.ProgressBar(quiet=args.quiet) as bar:
+        llm = LLM(model, progress=bar, prefix_cache=False, **given)
+        try:
+            result = measure_latency(llm, workload, progress=lambda done, total: bar("runs", done, total))
+            report = bench_report(
+                result, model=llm.name, point=llm.point, threads=llm.threads, ceilings=ceilings, **reads(llm, workload)
+            )
+        finally:
+            llm.close()
+    if args.json:
+        terminal.write_json(report)
+    else:
+        print(lines(report))
+    return 0
+
+
+def reads(llm: Any, workload: Any) -> dict[str, Any]:
+    """What a decode step in the middle of the answer reads, and what a prompt token computes."""
+    from haomiao.measure.bytes import kv_bytes_per_token, operations_per_token, weight_bytes_per_step
+
+    context = workload.prompt_tokens + workload.new_tokens / 2
+    weights = weight_bytes_per_step(llm.plan, llm.weights, llm.point)
+    kv = kv_bytes_per_token(llm.plan, llm.kv) * context * workload.streams
+    return {"bytes_per_step": weights + kv, "operations_per_token": operations_per_token(llm.plan)}
+
+
+def lines(report: dict[str, Any]) -> str:
+    """The report for a person. What was not measured is shown as a dash."""
+
+    def show(value: float | None, form: str, unit: str) -> str:
+        return "-" if value is None else f"{value:{form}} {unit}"
+
+    def share(value: float | None, of: str) -> str:
+        return "-" if value is None else f"{100 * value:.0f} % of {of}"
+
+    itl = report["itl_ms"]
+    peak = share(report["share_of_peak"], "the int8 peak")
+    bandwidth = share(report["share_of_bandwidth"], "the bandwidth")
+    rows = [
+        (
+            "model",
+            f"{report['model']}, point {report['point']}, threads {report['threads']}, streams {report['streams']}",
+        ),
+        ("prefill", f"{show(report['prefill_tok_s'], '.1f', 'tok/s')}  ({peak})"),
+        ("decode", f"{show(report['decode_tok_s'], '.1f', 'tok/s')}"),
+        ("read", f"{show(report['read_gb_s'], '.1f', 'GB/s')} while decoding  ({bandwidth})"),
+        ("ttft", show(report["ttft_ms"], ".1f", "ms")),
+        ("itl", f"p50 {show(itl['p50'], '.2f', 'ms')}  p99 {show(itl['p99'], '.2f', 'ms')}"),
+    ]
+    return "\n".join(f"{name:<8}  {text}" for name, text in rows)

@@ -1,0 +1,1 @@
+"""Quantized Hugging Face checkpoints: compressed-tensors, GPTQ, AWQ."""

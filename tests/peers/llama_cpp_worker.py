@@ -1,0 +1,48 @@
+"""Runs inside llama-cpp-python's own environment: quantizes a GGUF file, or prints what llama.cpp answers for it.
+
+python llama_cpp_worker.py quantize IN.gguf OUT.gguf Q4_K_M
+python llama_cpp_worker.py logits MODEL.gguf IDS.json OUT.npz   (float32 [tokens, vocab] and 64 greedy tokens)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+
+GREEDY_TOKENS = 64
+
+
+def quantize(source: str, target: str, ftype: str) -> None:
+    name = ftype if ftype.startswith("ALL_") else f"MOSTLY_{ftype}"
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{name}")
+    params.nthread = 1
+    code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
+    if code != 0:
+        raise SystemExit(f"llama_model_quantize returned {code}")
+
+
+def logits(model: str, ids_file: str, out: str) -> None:
+    ids = json.loads(Path(ids_file).read_text())
+    llm = llama_cpp.Llama(
+        model, n_ctx=1024, n_batch=512, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, flash_attn=False
+    )
+    llm.eval(ids["text"])
+    scores = np.array(llm.scores[: len(ids["text"])], dtype=np.float32)
+    llm.reset()
+    llm.eval(ids["prompt"])
+    greedy = []
+    for _ in range(GREEDY_TOKENS):
+        token = int(np.argmax(llm.scores[llm.n_tokens - 1]))
+        greedy.append(token)
+        llm.eval([token])
+    np.savez(out, logits=scores, greedy=np.array(greedy, dtype=np.int32))
+
+
+if __name__ == "__main__":
+    {"quantize": quantize, "logits": logits}[sys.argv[1]](*sys.argv[2:])
