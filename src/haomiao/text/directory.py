@@ -123,7 +123,7 @@ def add_declared(backend: Backend, config: Mapping[str, Any]) -> None:
     for id_, token in sorted(missing, key=lambda pair: pair[0]):
         at = backend.token_to_id(token["content"])
         following = backend.get_vocab_size(with_added_tokens=True)
-        if at is None and id_ != following or at is not None and at != id_:
+        if (at is None and id_ != following) or (at is not None and at != id_):
             continue  # the file contradicts tokenizer.json, which is what the model was run with
         flags = {flag: bool(token.get(flag)) for flag in ("lstrip", "rstrip", "single_word", "normalized", "special")}
         with guarded("tokenizer_config.json: added token"):
