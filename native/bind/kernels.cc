@@ -16,6 +16,7 @@
 #include "bind/bind.h"
 #include "kernels/cpu.h"
 #include "kernels/linear/weight.h"
+#include "kernels/quantize/rtn.h"
 #include "runtime/ceilings.h"
 
 namespace nb = nanobind;
@@ -26,6 +27,7 @@ namespace {
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Codes = nb::ndarray<int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutMatrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 constexpr size_t kAlignment = 64;
@@ -148,6 +150,18 @@ void read_row(const std::string& isa, const OwnedWeight& owned, int64_t row,
   kernels_of(isa).read_row(owned.weight, static_cast<int32_t>(row), out.data());
 }
 
+bool quantize(Matrix x, int lo_shift, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> scales, Codes hi,
+              std::optional<Codes> lo) {
+  const int64_t groups = x.shape(0), group = x.shape(1);
+  require(group == 32 || group == 64 || group == 128, "a group has 32, 64 or 128 weights");
+  require(lo_shift >= 0 && lo_shift <= 4, "lo_shift must be 0 to 4");
+  const auto fits = [&](const Codes& codes) { return codes.shape(0) == x.shape(0) && codes.shape(1) == x.shape(1); };
+  require(scales.size() == x.shape(0) && fits(hi) && (!lo || fits(*lo)), "scales are [groups], planes [groups, group]");
+  nb::gil_scoped_release release;
+  return quantize_planes(x.data(), groups, static_cast<int>(group), lo_shift, scales.data(), hi.data(),
+                         lo ? lo->data() : nullptr);
+}
+
 double checked_bandwidth(int threads, int megabytes, double seconds) {
   require(threads >= 1 && threads <= 1024, "threads must be 1 to 1024");
   require(megabytes >= 1 && megabytes <= 1 << 16, "megabytes must be 1 to 65536");
@@ -179,6 +193,8 @@ void bind_kernels(nb::module_& m) {
   m.def("linear", linear, "isa"_a, "weight"_a, "both"_a, "activation"_a, "prepared"_a, "out"_a, "bias"_a.none(),
         "tile_begin"_a, "tile_end"_a, "out[t, row] for the rows of tiles [tile_begin, tile_end).");
   m.def("read_row", read_row, "isa"_a, "weight"_a, "row"_a, "out"_a, "One row as float32, every stored plane used.");
+  m.def("quantize_planes", quantize, "x"_a, "lo_shift"_a, "scales"_a, "hi"_a, "lo"_a.none(),
+        "Round finite groups [groups, group] to codes of planes; False if a scale overflows.");
   m.def("read_bandwidth", checked_bandwidth, "threads"_a, "megabytes"_a, "seconds"_a, "Streaming read, GB/s.");
   m.def("int8_peak", checked_peak, "threads"_a, "seconds"_a, "8-bit dot products on registers, GOPS.");
 }

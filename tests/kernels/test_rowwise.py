@@ -86,8 +86,8 @@ def test_activations_are_accurate(function: Any) -> None:
     tail = (x < -1) & (function != "relu")
     assert error[~tail].max() <= 6
     assert np.median(error) <= 0.75
-    relative = np.abs(result - exact)[tail] / np.maximum(np.abs(exact[tail]), 1e-34)
-    assert relative.max(initial=0.0) <= 2e-5
+    relative = np.abs(result - exact)[tail] / np.maximum(np.abs(exact[tail]), 1e-30)
+    assert relative.max(initial=0.0) <= 5e-5
 
 
 @given(SIZES, st.integers(0, 2**31), st.sampled_from(FUNCTIONS))

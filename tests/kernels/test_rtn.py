@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from haomiao import _core
 from haomiao.errors import InputError, ModelError
-from haomiao.kernels import pack, rtn
+from haomiao.kernels import pack, rtn, rtn_reference
 
 
 def relative_rms(weights: np.ndarray, found: np.ndarray) -> float:
@@ -107,3 +108,30 @@ def test_rows_do_not_depend_on_each_other(rows: int, seed: int) -> None:
     whole = pack.unpack(rtn.quantize_planes(weights))
     one = pack.unpack(rtn.quantize_planes(weights[rows - 1 :]))
     assert np.array_equal(whole[rows - 1 :], one)
+
+
+@given(
+    st.sampled_from([32, 64, 128]),
+    st.integers(-1, 4),
+    st.sampled_from(["gauss", "t3", "grid", "sparse"]),
+    st.floats(-8, 4),
+    st.integers(0, 2**32 - 1),
+)
+def test_the_compiled_rule_equals_the_twin(group: int, lo_shift: int, kind: str, magnitude: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    x = random.standard_t(3, (40, group)) if kind == "t3" else random.standard_normal((40, group))
+    if kind == "grid":
+        x = np.rint(x * 3)
+    elif kind == "sparse":
+        x[random.random(x.shape) < 0.9] = 0
+    x = (x * 10.0**magnitude).astype(np.float32)
+    scales, (hi, lo) = np.empty(40, np.float32), np.empty((2, *x.shape), np.int8)
+    assert _core.quantize_planes(x, max(lo_shift, 0), scales, hi, lo if lo_shift >= 0 else None)
+    if lo_shift < 0:
+        want_scales, want_hi = rtn_reference.quantize_single(x)
+    else:
+        want_scales, codes = rtn_reference.quantize_nested(x, lo_shift)
+        want_hi, want_lo = pack.split_codes(codes, lo_shift)
+        assert np.array_equal(lo, want_lo)
+    assert np.array_equal(scales, want_scales)
+    assert np.array_equal(hi, want_hi)

@@ -1,7 +1,7 @@
 """Derives the polynomial coefficients of `math.h`: minimax fits by Lawson's iteratively reweighted least squares.
 
-Run it to print them (`python coefficients.py`). Not part of the build. Each fit minimizes the greatest relative error of
-the function that math.h evaluates; coefficients are then rounded to float32 one by one, lowest power first, the rest
+Run it to print them (`python coefficients.py`). Not part of the build. Each fit minimizes the greatest relative error
+of the function that math.h evaluates; coefficients are then rounded to float32 one by one, lowest power first, the rest
 being fitted again after each (so that later ones absorb the rounding of earlier ones).
 """
 

@@ -32,8 +32,9 @@ def run(args: Namespace) -> int:
     given = options.runtime_options(args)
 
     from haomiao.api import LLM
-    from haomiao.measure.latency import Workload, bench_report, measure_latency
+    from haomiao.measure.latency import Workload, measure_latency
     from haomiao.measure.machine import default_threads
+    from haomiao.measure.report import bench_lines, bench_report
     from haomiao.metrics.ceilings import measure_ceilings
 
     workload = Workload(args.prompt_tokens, args.new_tokens, args.streams, args.repeat, seed=args.seed)
@@ -55,7 +56,7 @@ def run(args: Namespace) -> int:
     if args.json:
         terminal.write_json(report)
     else:
-        print(lines(report))
+        print(bench_lines(report))
     return 0
 
 
@@ -67,29 +68,3 @@ def reads(llm: Any, workload: Any) -> dict[str, Any]:
     weights = weight_bytes_per_step(llm.plan, llm.weights, llm.point)
     kv = kv_bytes_per_token(llm.plan, llm.kv) * context * workload.streams
     return {"bytes_per_step": weights + kv, "operations_per_token": operations_per_token(llm.plan)}
-
-
-def lines(report: dict[str, Any]) -> str:
-    """The report for a person. What was not measured is shown as a dash."""
-
-    def show(value: float | None, form: str, unit: str) -> str:
-        return "-" if value is None else f"{value:{form}} {unit}"
-
-    def share(value: float | None, of: str) -> str:
-        return "-" if value is None else f"{100 * value:.0f} % of {of}"
-
-    itl = report["itl_ms"]
-    peak = share(report["share_of_peak"], "the int8 peak")
-    bandwidth = share(report["share_of_bandwidth"], "the bandwidth")
-    rows = [
-        (
-            "model",
-            f"{report['model']}, point {report['point']}, threads {report['threads']}, streams {report['streams']}",
-        ),
-        ("prefill", f"{show(report['prefill_tok_s'], '.1f', 'tok/s')}  ({peak})"),
-        ("decode", f"{show(report['decode_tok_s'], '.1f', 'tok/s')}"),
-        ("read", f"{show(report['read_gb_s'], '.1f', 'GB/s')} while decoding  ({bandwidth})"),
-        ("ttft", show(report["ttft_ms"], ".1f", "ms")),
-        ("itl", f"p50 {show(itl['p50'], '.2f', 'ms')}  p99 {show(itl['p99'], '.2f', 'ms')}"),
-    ]
-    return "\n".join(f"{name:<8}  {text}" for name, text in rows)

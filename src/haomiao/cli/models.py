@@ -71,7 +71,7 @@ def find_artifact(model: str | None) -> Path | None:
         return None
     from haomiao.load.cache import list_models
 
-    return next((entry.path for entry in list_models() if entry.path.name == model), None)
+    return next((entry.path for entry in list_models() if entry.name == model), None)
 
 
 def describe(model: str | None, args: Namespace) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Lets several threads use one engine: whoever waits for an answer runs the next step, for all of them.
 
-No thread of its own: between steps nothing runs beside the caller, and an idle engine costs nothing. Requests that wait at
-the same time share steps. Knows nothing about text.
+No thread of its own: between steps nothing runs beside the caller, and an idle engine costs nothing. Requests that wait
+at the same time share steps. Knows nothing about text.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def kv_bytes_per_block(plan: Plan, kv: KvType) -> int:
 def size_pool(plan: Plan, kv: KvType, *, max_context: int | None, kv_memory: int | None) -> PoolSize:
     """Context and blocks for a model. `max_context` None: the plan's, or as much of it as fits.
 
-    `kv_memory` is in bytes; None is a quarter of what is available, at most 2 GiB, or more if `max_context` asks for it.
+    `kv_memory` is in bytes; None is a quarter of what is available, at most 2 GiB, or more if `max_context` needs it.
     The pool is touched only as it is used. Raises `InputError` saying what to change if it cannot be.
     """
     if max_context is not None and (type(max_context) is not int or not 1 <= max_context <= plan.max_context):

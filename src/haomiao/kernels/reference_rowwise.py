@@ -14,20 +14,21 @@ F64 = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> F32:
+def rms_norm(x: F32, weight: F32, eps: float) -> F32:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
     wide = x.astype(np.float64)
     mean = (wide**2).mean(axis=-1, keepdims=True)
-    return (wide / np.sqrt(mean + eps) * weight).astype(np.float32)
+    y: F32 = (wide / np.sqrt(mean + eps) * weight).astype(np.float32)
+    return y
 
 
-def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> F32:
+def layer_norm(x: F32, weight: F32, bias: F32 | None, eps: float) -> F32:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis."""
     wide = x.astype(np.float64)
     centred = wide - wide.mean(axis=-1, keepdims=True)
     variance = (centred**2).mean(axis=-1, keepdims=True)
-    y = centred / np.sqrt(variance + eps) * weight
-    return (y if bias is None else y + bias).astype(np.float32)
+    y: F32 = (centred / np.sqrt(variance + eps) * weight + (0 if bias is None else bias)).astype(np.float32)
+    return y
 
 
 def rope_table(positions: Array, inv_freq: Array, attention_factor: float) -> tuple[F32, F32]:

@@ -16,19 +16,16 @@ A scale is rounded to the nearest float16, but up where that would fall short by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from haomiao.errors import InputError, ModelError
-from haomiao.kernels.pack import CHUNK_ELEMENTS, pack_int8, pack_planes, split_codes
+from haomiao.kernels.pack import CHUNK_ELEMENTS, pack_int8, pack_planes
 from haomiao.kernels.packed import GROUPS, PackedTensor
+from haomiao.kernels.rtn_reference import divided, refuse_overflow, to_half
 from haomiao.types import F32
-
-NESTED_FACTORS = tuple(1 + i / 32 for i in range(8))
-SINGLE_FACTORS = tuple(i / 32 for i in range(24, 36))
 
 _CACHED_ELEMENTS = CHUNK_ELEMENTS // 4
 """Elements worked on at once: the temporaries stay in the core's own cache."""
@@ -41,6 +38,8 @@ def quantize_planes(
 
     Raises `ModelError` for weights that are NaN, infinite, or too great for a float16 scale (about 5e5).
     """
+    from haomiao import _core
+
     rows, cols = _check(weights, group)
     if not 0 <= lo_shift <= 4:
         raise InputError(f"lo_shift must be 0 to 4, not {lo_shift}")
@@ -49,14 +48,16 @@ def quantize_planes(
     lo = np.empty((rows, cols), np.int8) if with_lo else None
     for part in _parts(rows, cols):
         blocks = _groups(weights[part], group)
-        if lo is None:
-            found, codes = _quantize_single(blocks)
-            hi[part] = codes.reshape(part.stop - part.start, -1)[:, :cols]
-        else:
-            found, codes = _quantize_nested(blocks, lo_shift)
-            upper, lower = split_codes(codes.reshape(part.stop - part.start, -1)[:, :cols], lo_shift)
-            hi[part], lo[part] = upper, lower
-        scales[part] = found.reshape(part.stop - part.start, -1)
+        found = np.empty(len(blocks), np.float32)
+        upper = np.empty(blocks.shape, np.int8)
+        lower = np.empty(blocks.shape, np.int8) if with_lo else None
+        if not _core.quantize_planes(blocks, lo_shift, found, upper, lower):
+            raise ModelError("a weight is too great for a float16 scale")
+        count = part.stop - part.start
+        scales[part] = found.reshape(count, -1)
+        hi[part] = upper.reshape(count, -1)[:, :cols]
+        if lo is not None and lower is not None:
+            lo[part] = lower.reshape(count, -1)[:, :cols]
     return pack_planes(hi, lo, scales, group, lo_shift if with_lo else 0)
 
 
@@ -67,9 +68,9 @@ def quantize_int8(weights: npt.NDArray[Any], group: int = 32) -> PackedTensor:
     codes = np.empty((rows, cols), np.int8)
     for part in _parts(rows, cols):
         blocks = _groups(weights[part], group)
-        found = _to_half(np.abs(blocks).max(axis=1) / np.float32(127))
-        _refuse_overflow(found)
-        rounded = np.clip(np.rint(_divided(blocks, found)), -127, 127)
+        found = to_half(np.abs(blocks).max(axis=1) / np.float32(127))
+        refuse_overflow(found)
+        rounded = np.clip(np.rint(divided(blocks, found)), -127, 127)
         codes[part] = rounded.reshape(part.stop - part.start, -1)[:, :cols].astype(np.int8)
         scales[part] = found.reshape(part.stop - part.start, -1)
     return pack_int8(codes, scales, group)
@@ -98,72 +99,3 @@ def _groups(weights: npt.NDArray[Any], group: int) -> F32:
     if not np.isfinite(block).all():
         raise ModelError("a weight is NaN or infinite")
     return block.reshape(-1, group)
-
-
-def _quantize_nested(x: F32, lo_shift: int) -> tuple[F32, npt.NDArray[np.int16]]:
-    """Scales [n] and combined codes [n, group] of groups [n, group]."""
-    step = 1 << lo_shift
-    least, greatest = -8 * step - 8, 7 * step + 7
-    top, bottom = x.max(axis=1), x.min(axis=1)
-    negative = top <= -bottom  # the weight of greatest magnitude is negative: a positive scale
-    outer = np.where(negative, -bottom, top)
-    inner = np.where(negative, top, -bottom)
-    cover = np.maximum(outer / np.float32(-least), inner / np.float32(greatest)) * np.float32(step)
-    scales = _best_scale(x, np.where(negative, cover, -cover), NESTED_FACTORS)
-    codes = np.clip(np.rint(_divided(x, scales / np.float32(step))), np.float32(least), np.float32(greatest))
-    return scales, codes.astype(np.int16)
-
-
-def _quantize_single(x: F32) -> tuple[F32, npt.NDArray[np.int16]]:
-    """Scales [n] and codes [n, group] of groups [n, group] for a hi plane alone."""
-    top, bottom = x.max(axis=1), x.min(axis=1)
-    extreme = np.where(top <= -bottom, bottom, top)
-    scales = _best_scale(x, extreme / np.float32(-8), SINGLE_FACTORS)
-    return scales, np.clip(np.rint(_divided(x, scales)), -8, 7).astype(np.int16)
-
-
-def _best_scale(x: F32, base: F32, factors: Sequence[float]) -> F32:
-    """The float16 scale base * factor [n] with the least squared error of codes in [-8, 7]; the first among equals."""
-    best = _to_half(base * np.float32(factors[0]))
-    _refuse_overflow(best)
-    least = _squared_error(x, best)
-    for factor in factors[1:]:
-        scales = _to_half(base * np.float32(factor))
-        error = np.where(np.isfinite(scales), _squared_error(x, scales), np.float32(np.inf))
-        better = error < least
-        least = np.where(better, error, least)
-        best = np.where(better, scales, best)
-    return best
-
-
-def _squared_error(x: F32, scales: F32) -> F32:
-    """Squared error [n] of groups [n, group] rounded to codes in [-8, 7]."""
-    codes = _divided(x, scales)
-    rounded: F32 = np.rint(codes)
-    np.clip(rounded, np.float32(-8), np.float32(7), out=rounded)
-    codes -= rounded
-    total: F32 = np.einsum("ij,ij->i", codes, codes)
-    with np.errstate(over="ignore", invalid="ignore"):
-        error: F32 = total * scales * scales
-    return error
-
-
-def _divided(x: F32, scales: F32) -> F32:
-    """x / scale, 0 where the scale is 0."""
-    safe: F32 = np.where(scales == 0, np.float32(1), scales)
-    quotient: F32 = x / safe[:, None]
-    return quotient
-
-
-def _to_half(scales: F32) -> F32:
-    """The nearest float16 (as float32), or the next one away from zero where the nearest falls short by over 2^-10."""
-    with np.errstate(over="ignore"):
-        halves = scales.astype(np.float16)
-        short = np.abs(halves.astype(np.float32)) < np.abs(scales) * np.float32(1 - 2**-10)
-        outward = np.nextafter(halves, np.copysign(np.float16(np.inf), scales).astype(np.float16))
-        return np.where(short, outward, halves).astype(np.float32)
-
-
-def _refuse_overflow(scales: F32) -> None:
-    if not np.isfinite(scales).all():
-        raise ModelError("a weight is too great for a float16 scale")

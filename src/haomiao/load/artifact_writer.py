@@ -210,7 +210,7 @@ class ArtifactWriter:
     def _publish(self) -> None:
         old: Path | None = None
         if self._overwrite and (self.directory / MODEL_FILE).is_file():
-            old = _temporary_name(self.directory)
+            old = temporary_name(self.directory)
             self.directory.rename(old)
         try:
             self._temporary.rename(self.directory)  # replaces an empty directory, fails on any other
@@ -263,13 +263,14 @@ def remove_leftovers(parent: Path, name: str = "*") -> list[Path]:
     return removed
 
 
-def _temporary_name(target: Path) -> Path:
+def temporary_name(target: Path) -> Path:
+    """A fresh hidden name beside `target`, of the kind that `remove_leftovers` cleans up."""
     return target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
 
 
 def _locked_temporary(target: Path) -> tuple[Path, int]:
     while True:
-        path = _temporary_name(target)
+        path = temporary_name(target)
         path.mkdir()
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -172,6 +172,8 @@ class WeightSpec:
     transform: Literal["none", "transpose", "plus_one"] = "none"
     slices: tuple[tuple[int, int], ...] = ()
     role: Literal["body", "head", "embedding", "norm", "bias"] = "body"
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """The shape that each source must have in the checkpoint; anything else contradicts the config."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,18 @@ Knows nothing about GGUF. Says which tokens are special, which end an answer, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haomiao.errors import ModelError
-from haomiao.text.files import read_bytes, read_object
+from haomiao.errors import ModelError, UnsupportedModelError
+from haomiao.text import library
+from haomiao.text.files import parse_object, read_bytes, read_object
 from haomiao.text.parts import MAX_TOKEN_ID, Parts, guarded
+from haomiao.text.pieces import scored_parts
+from haomiao.text.pretokenizers import CLASS_NAMES, PRE_TOKENIZERS
+from haomiao.text.sentencepiece_model import parse
+from haomiao.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -62,40 +67,117 @@ def check_ids(backend: Backend, name: str) -> None:
 
 def load_json(path: Path) -> Parts:
     """A tokenizer.json and what lies beside it."""
-    return complete(from_json(read_bytes(path), path.name), path.parent)
+    backend = from_json(read_bytes(path), path.name)
+    return complete(Parts(backend), path.parent)
 
 
-def complete(backend: Backend, directory: Path) -> Parts:
+def load_model(path: Path) -> Parts:
+    """A tokenizer.model (SentencePiece) and what lies beside it."""
+    model = parse(read_bytes(path), path.name)
+    config = read_object(path.parent / "tokenizer_config.json")
+    restore_flags(model.vocabulary, config)
+    parts = scored_parts(model)
+    parts.bos_id = model.bos_id
+    parts.prefix = (model.bos_id,) if model.bos_id is not None and not model.unigram else ()
+    parts.suffix = (model.eos_id,) if model.eos_id is not None and model.unigram else ()
+    return complete(parts, path.parent, default_eos=model.eos_id)
+
+
+def load_vocab(vocab: Path, merges: Path) -> Parts:
+    """Byte-level BPE from vocab.json and merges.txt (GPT-2's encoder.json and vocab.bpe), cut as the class says."""
+    ids = parse_object(read_bytes(vocab), vocab.name)
+    if not ids or not all(type(id_) is int and 0 <= id_ <= MAX_TOKEN_ID for id_ in ids.values()):
+        raise ModelError(f"{vocab.name}: not a vocabulary of tokens and ids")
+    if len(set(ids.values())) != len(ids):
+        raise ModelError(f"{vocab.name}: two tokens have the same id")
+    try:
+        lines = read_bytes(merges).decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{merges.name}: not UTF-8 at byte {error.start}") from error
+    pairs: list[tuple[str, str]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        left, space, right = line.rstrip("\r").partition(" ")
+        if not space or not left or not right:
+            raise ModelError(f"{merges.name}: line {number} is not two tokens")
+        pairs.append((left, right))
+    config = read_object(vocab.parent / "tokenizer_config.json")
+    class_name = config.get("tokenizer_class", "GPT2Tokenizer")
+    kind = CLASS_NAMES.get(class_name) if isinstance(class_name, str) else None
+    if kind is None:
+        raise UnsupportedModelError(f"{vocab.parent}: {str(class_name)[:60]!r} needs a tokenizer.json")
+    backend = library.bpe(ids, pairs, PRE_TOKENIZERS[kind], vocab.name)
+    if kind == "qwen2":
+        from tokenizers import normalizers
+
+        backend.normalizer = normalizers.NFC()
+    if "<|endoftext|>" in ids:
+        backend.add_special_tokens(["<|endoftext|>"])
+    for text, id_ in sorted(read_object(vocab.parent / "added_tokens.json").items(), key=lambda item: str(item[1])):
+        if backend.token_to_id(text) is None and id_ == backend.get_vocab_size(with_added_tokens=True):
+            backend.add_special_tokens([text])
+    check_ids(backend, vocab.name)
+    return complete(Parts(backend), vocab.parent)
+
+
+def restore_flags(vocabulary: Vocabulary, config: Mapping[str, Any]) -> None:
+    """What `saving` wrote because tokenizer.model cannot say it."""
+    marker = config.get("haomiao")
+    flags = marker.get("flags") if isinstance(marker, dict) else None
+    if not isinstance(flags, dict):
+        return
+    vocabulary.raw_user_defined = flags.get("raw_user_defined") is True
+    listed = flags.get("rstrip_ids")
+    if isinstance(listed, list):
+        vocabulary.rstrip_ids = frozenset(id_ for id_ in listed if type(id_) is int)
+
+
+def complete(parts: Parts, directory: Path, default_eos: int | None = None) -> Parts:
     """Add what the other files of `directory` say: BOS, EOS, the chat template."""
     config = read_object(directory / "tokenizer_config.json")
     special_map = read_object(directory / "special_tokens_map.json")
     generation = read_object(directory / "generation_config.json")
     model = read_object(directory / "config.json")
-    add_declared(backend, config)
-    parts = Parts(backend, config=config, generation_config=generation)
-    added = backend.get_added_tokens_decoder()
-    specials = {token.content: id_ for id_, token in added.items() if token.special}
-    parts.special_ids = frozenset(specials.values())
+    parts.config, parts.generation_config = config, generation
+    backend = parts.backend
+    if backend is not None:
+        add_declared(backend, config)
+        surround(parts, backend)
+        added = backend.get_added_tokens_decoder()
+        specials = {token.content: id_ for id_, token in added.items() if token.special}
+        parts.special_ids = frozenset(specials.values())
+        id_of: Callable[[str], int | None] = backend.token_to_id
+        text_of: Callable[[int], str | None] = backend.id_to_token
+    else:
+        tokens = parts.tokens or ()
+        known = {token: id_ for id_, token in enumerate(tokens)}
+        specials = {tokens[id_]: id_ for id_ in parts.special_ids}
+        id_of = known.get
+        text_of = dict(enumerate(tokens)).get
 
     def named(key: str) -> int | None:
         for source in (config, special_map):
             text = content_of(source.get(key))
             if text is not None:
-                return backend.token_to_id(text)
+                return id_of(text)
         return None
 
-    surround(parts)
     sources = (generation, model)
-    parts.bos_id = named("bos_token")
-    if parts.bos_id is None and "bos_token" not in config:
-        declared = [id_ for source in sources for id_ in ids_of(source.get("bos_token_id"), backend)]
-        parts.bos_id = declared[0] if declared else (parts.prefix[0] if parts.prefix else None)
+    bos = named("bos_token")
+    if bos is None and "bos_token" not in config:
+        declared = [id_ for source in sources for id_ in ids_of(source.get("bos_token_id"), text_of)]
+        bos = declared[0] if declared else parts.bos_id
+        if bos is None and parts.prefix:
+            bos = parts.prefix[0]
+    parts.bos_id = bos
     apply_flags(parts, config, eos_id=named("eos_token"))
-    eos = [id_ for source in sources for id_ in ids_of(source.get("eos_token_id"), backend)]
-    if (end := named("eos_token")) is not None:
-        eos.append(end)
+    eos = [id_ for source in sources for id_ in ids_of(source.get("eos_token_id"), text_of)]
+    eos += [id_ for id_ in (named("eos_token"),) if id_ is not None]
     if not eos:
         eos = [specials[text] for text in END_TEXTS if text in specials]
+    if not eos and default_eos is not None:
+        eos = [default_eos]
     parts.eos_ids = tuple(dict.fromkeys(eos))
     parts.chat_template = template_of(directory, config)
     return parts
@@ -123,18 +205,18 @@ def add_declared(backend: Backend, config: Mapping[str, Any]) -> None:
     for id_, token in sorted(missing, key=lambda pair: pair[0]):
         at = backend.token_to_id(token["content"])
         following = backend.get_vocab_size(with_added_tokens=True)
-        if (at is None and id_ != following) or (at is not None and at != id_):
+        if at != (None if id_ == following else id_):
             continue  # the file contradicts tokenizer.json, which is what the model was run with
         flags = {flag: bool(token.get(flag)) for flag in ("lstrip", "rstrip", "single_word", "normalized", "special")}
         with guarded("tokenizer_config.json: added token"):
             backend.add_tokens([AddedToken(token["content"], **flags)])
 
 
-def surround(parts: Parts) -> None:
+def surround(parts: Parts, backend: Backend) -> None:
     """Find what the post-processor puts first and last, so that BOS and EOS are ours to add."""
     with guarded("post-processor"):
-        bare = parts.backend.encode("a", add_special_tokens=False).ids
-        full = parts.backend.encode("a", add_special_tokens=True).ids
+        bare = backend.encode("a", add_special_tokens=False).ids
+        full = backend.encode("a", add_special_tokens=True).ids
     if len(full) > len(bare) and bare:
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
@@ -164,11 +246,11 @@ def content_of(token: Any) -> str | None:
     return token if isinstance(token, str) and token else None
 
 
-def ids_of(value: Any, backend: Backend) -> Iterable[int]:
-    """Token ids of a config value that is an id, a list of ids, or nothing; what is not in the vocabulary is left out."""
+def ids_of(value: Any, text_of: Callable[[int], str | None]) -> Iterable[int]:
+    """Token ids of a config value that is an id, a list of ids, or nothing, as far as they are in the vocabulary."""
     values = value if isinstance(value, list) else [value]
     for id_ in values[:1024]:
-        if type(id_) is int and 0 <= id_ <= MAX_TOKEN_ID and backend.id_to_token(id_) is not None:
+        if type(id_) is int and 0 <= id_ <= MAX_TOKEN_ID and text_of(id_) is not None:
             yield id_
 
 

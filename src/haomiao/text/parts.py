@@ -6,7 +6,7 @@ some malformed input, as a panic that is not even an `Exception`: `guarded` turn
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,9 +34,13 @@ class Encoder(Protocol):
 class Parts:
     """A tokenizer taken apart. Ids are checked against the vocabulary by whoever fills this in."""
 
-    backend: Backend
+    backend: Backend | None = None
+    build: Callable[[], Backend] | None = None
+    """Makes the backend where it is only needed by those who ask for it."""
     encoder: Encoder | None = None
-    """Encodes instead of `backend` where set; `backend` is then the nearest that the library can do."""
+    """Encodes instead of the backend where set; the backend is then the nearest that the library can do."""
+    tokens: Sequence[str] | None = None
+    """The vocabulary where `encoder` is set."""
     prefix: tuple[int, ...] = ()
     """Ids put first when special tokens are asked for (BOS, CLS)."""
     suffix: tuple[int, ...] = ()
@@ -51,8 +55,10 @@ class Parts:
     config: dict[str, Any] = field(default_factory=dict)
     """tokenizer_config.json as it was found, or what stands for it."""
     generation_config: dict[str, Any] = field(default_factory=dict)
-    exact_model: bytes | None = None
-    """A SentencePiece model file that says exactly what `encoder` does; saved beside tokenizer.json."""
+    exact_model: Callable[[], bytes] | None = None
+    """A SentencePiece model file that says what `encoder` does; saved beside tokenizer.json."""
+    exact_flags: dict[str, Any] = field(default_factory=dict)
+    """What such a file cannot say."""
 
 
 @contextmanager

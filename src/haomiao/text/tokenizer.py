@@ -22,6 +22,7 @@ from haomiao.text import decoding
 from haomiao.text.parts import Parts, guarded
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
 
@@ -36,8 +37,7 @@ class Tokenizer:
         parts = load(Path(path))
         self._parts = parts
         self._encoder = parts.encoder
-        self.backend: Backend = parts.backend
-        """The library's tokenizer; shared state, so leave its settings as they are."""
+        self._backend = parts.backend
         self.bos_id = parts.bos_id
         self.eos_ids = parts.eos_ids
         """Ids that end an answer, the usual one first."""
@@ -49,15 +49,33 @@ class Tokenizer:
         """What `encode(special=True)` puts first."""
         self.suffix_ids = parts.suffix
         self._lock = threading.Lock()  # `encode_special_tokens` is a switch of the shared backend
-        self._rule = decoding.rule_of(parts.backend)
-        strip = parts.strip_leading_space
-        self.strips_leading_space = self._rule.strip_leading_space if strip is None else strip
-        self._added = parts.backend.get_added_tokens_decoder()
         self._bytes: dict[int, bytes] = dict(parts.token_bytes)
-        self.vocab_size = 1 + max(
-            parts.backend.get_vocab_size(with_added_tokens=False) - 1, max(self._added, default=0), *self._bytes, 0
-        )
+        self._ids: dict[str, int] | None = None
+        self._rule = decoding.TokenBytes(None)
+        self._added: dict[int, AddedToken] = {}
+        self.strips_leading_space = bool(parts.strip_leading_space)
+        """Decoding drops one space from the very start of the text, because encoding put it there."""
+        greatest = len(parts.tokens or ()) - 1
+        if self._backend is not None:
+            self._rule = decoding.rule_of(self._backend)
+            self._added = self._backend.get_added_tokens_decoder()
+            self.strips_leading_space = self._rule.strip_leading_space
+            greatest = max(self._backend.get_vocab_size(with_added_tokens=False) - 1, max(self._added, default=0))
+        self.vocab_size = greatest + 1
         """One more than the greatest id. A model's head may be larger (padded)."""
+
+    @property
+    def backend(self) -> Backend:
+        """The library's tokenizer. Shared state: leave its settings as they are. For vocabularies of scored pieces
+        (SentencePiece) it is the nearest that the library can do, made when first asked for."""
+        if self._backend is None:
+            with self._lock:
+                if self._backend is None and self._parts.build is not None:
+                    self._backend = self._parts.build()
+        backend = self._backend
+        if backend is None:
+            raise ModelError("this tokenizer has no library form")
+        return backend
 
     @property
     def add_bos(self) -> bool:
@@ -87,8 +105,11 @@ class Tokenizer:
 
     def _encode_backend(self, text: str, special: bool) -> list[int]:
         with self._lock, guarded("the tokenizer cannot encode this text", InputError):
-            self.backend.encode_special_tokens = not special
-            return list(self.backend.encode(text, add_special_tokens=False).ids)
+            backend = self._backend
+            if backend is None:
+                raise ModelError("this tokenizer has no library form")
+            backend.encode_special_tokens = not special
+            return list(backend.encode(text, add_special_tokens=False).ids)
 
     def _encode_apart(self, text: str) -> list[int]:
         """Encode content in which the vocabulary itself holds a special token's text (unigram vocabularies do).
@@ -139,8 +160,11 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of a token's text as the vocabulary writes it, or None."""
-        found = self.backend.token_to_id(token)
-        return None if found is None else int(found)
+        if self._parts.tokens is not None:
+            if self._ids is None:
+                self._ids = {text: id_ for id_, text in enumerate(self._parts.tokens)}
+            return self._ids.get(token)
+        return self.backend.token_to_id(token)
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
@@ -156,7 +180,7 @@ class Tokenizer:
         target = Path(directory)
         try:
             target.mkdir(parents=True, exist_ok=True)
-            for name, data in files_of(self._parts, self.to_json()).items():
+            for name, data in files_of(self._parts, self.backend).items():
                 if name == "generation_config.json" and (target / name).exists():
                     continue
                 (target / name).write_bytes(data)
@@ -184,6 +208,12 @@ def load(path: Path) -> Parts:
         return load_directory(path)
     if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or directory")
+    if path.suffix == ".gguf":
+        from haomiao.text.gguf import load_gguf
+
+        return load_gguf(path)
+    if path.suffix == ".model":
+        return directory.load_model(path)
     if path.suffix == ".json":
         return directory.load_json(path)
     raise ModelError(f"{path.name}: not a tokenizer file (tokenizer.json, tokenizer.model or .gguf)")
@@ -192,7 +222,17 @@ def load(path: Path) -> Parts:
 def load_directory(path: Path) -> Parts:
     """The best tokenizer file of a directory."""
     from haomiao.text import directory
+    from haomiao.text.files import read_object
 
+    exact = path / "tokenizer.model"
+    marker = read_object(path / "tokenizer_config.json").get("haomiao")
+    if exact.is_file() and isinstance(marker, dict) and marker.get("tokenizer") == exact.name:
+        return directory.load_model(exact)
     if (path / "tokenizer.json").is_file():
         return directory.load_json(path / "tokenizer.json")
+    if exact.is_file():
+        return directory.load_model(exact)
+    for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        if (path / vocab).is_file() and (path / merges).is_file():
+            return directory.load_vocab(path / vocab, path / merges)
     raise ModelNotFoundError(f"{path}: holds no tokenizer.json, tokenizer.model, or vocab.json with merges.txt")

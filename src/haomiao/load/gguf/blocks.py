@@ -173,7 +173,8 @@ def _q3_k(blocks: U8) -> Array:
     packed = blocks[:, 96:108]
     upper = _crumbs(packed[:, 8:12].reshape(-1, 1, 4), (0, 2, 4, 6), 3).reshape(-1, 16)
     scales = (_nibbles(packed[:, 0:8]) | (upper << 4)).astype(np.float32) - np.float32(32)
-    return (_half(blocks, 108) * scales)[:, :, None] * codes
+    values: Array = (_half(blocks, 108) * scales)[:, :, None] * codes
+    return values
 
 
 def _q4_k(blocks: U8) -> Array:

@@ -1,1 +1,5 @@
-"""Quantized Hugging Face checkpoints: compressed-tensors, GPTQ, AWQ."""
+"""Other people's quantized checkpoints (compressed-tensors, GPTQ, AWQ) as `TensorSource`s.
+
+`codes` holds what they share: integer codes and group scales; one file per format says how that format stores them;
+`source` puts them together.
+"""

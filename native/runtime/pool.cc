@@ -1,0 +1,119 @@
+#include "runtime/pool.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <set>
+
+#include "runtime/cores.h"
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace haomiao {
+namespace {
+
+constexpr int64_t kSpinNs = 50'000;
+
+// Spinning helps only while every thread has a core of its own.
+int64_t spin_for(const std::vector<int>& cores) {
+  const std::set<int> distinct(cores.begin(), cores.end());
+  return distinct.size() == cores.size() ? kSpinNs : 0;
+}
+
+// Pins the calling thread for as long as it lives, then gives back what was.
+class PinnedScope {
+ public:
+  PinnedScope(bool pin, int core) {
+#if defined(__linux__)
+    if (!pin || sched_getaffinity(0, sizeof(before_), &before_) != 0) return;
+    changed_ = !(CPU_COUNT(&before_) == 1 && CPU_ISSET(core, &before_)) && pin_to(core);
+#else
+    (void)pin, (void)core;
+#endif
+  }
+  ~PinnedScope() {
+#if defined(__linux__)
+    if (changed_) sched_setaffinity(0, sizeof(before_), &before_);
+#endif
+  }
+  PinnedScope(const PinnedScope&) = delete;
+  PinnedScope& operator=(const PinnedScope&) = delete;
+
+ private:
+#if defined(__linux__)
+  cpu_set_t before_;
+  bool changed_ = false;
+#endif
+};
+
+}  // namespace
+
+Pool::Pool(int threads, bool pin)
+    : cores_(choose_cores(std::min(threads, kMostThreads))),
+      pin_(pin),
+      spin_ns_(spin_for(cores_)),
+      barrier_(static_cast<int>(cores_.size()), spin_ns_),
+      owner_(getpid()) {
+  start_workers();
+}
+
+Pool::~Pool() {
+  if (owner_ != getpid()) {  // a forked child: these threads live in the parent only
+    for (std::thread& worker : workers_) new std::thread(std::move(worker));  // never joined, never destroyed
+    return;
+  }
+  stop_ = true;
+  job_number_.fetch_add(1, std::memory_order_seq_cst);
+  futex_wake_all(job_number_);
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void Pool::start_workers() {
+  const int n = threads();
+  workers_.reserve(static_cast<size_t>(n));
+  for (int t = 1; t < n; ++t) workers_.emplace_back(&Pool::work, this, t);
+}
+
+void Pool::work(int thread) {
+  if (pin_) pin_to(cores_[static_cast<size_t>(thread)]);
+  uint32_t seen = 0;
+  for (;;) {
+    if (!spin_until_changed(job_number_, seen, spin_ns_)) {
+      sleepers_.fetch_add(1, std::memory_order_seq_cst);
+      while (job_number_.load(std::memory_order_seq_cst) == seen) futex_wait(job_number_, seen);
+      sleepers_.fetch_sub(1, std::memory_order_relaxed);
+    }
+    ++seen;
+    if (stop_) return;
+    job_(context_, thread);
+    barrier_.wait();
+  }
+}
+
+bool Pool::run(Job job, void* context) {
+  if (owner_ != getpid()) {
+    for (std::thread& worker : workers_) new std::thread(std::move(worker));
+    workers_.clear();
+    barrier_.reset();
+    sleepers_.store(0);
+    job_number_.store(0);
+    busy_.store(false);
+    owner_ = getpid();
+    start_workers();
+  }
+  if (busy_.exchange(true, std::memory_order_acquire)) return false;
+  {
+    const PinnedScope pinned(pin_ && threads() > 1, cores_[0]);
+    job_ = job, context_ = context;
+    job_number_.fetch_add(1, std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(job_number_);
+    job(context, 0);
+    barrier_.wait();
+  }
+  busy_.store(false, std::memory_order_release);
+  return true;
+}
+
+}  // namespace haomiao

@@ -1,0 +1,55 @@
+// A pool of pinned threads that run one function together, with a barrier for its phases.
+//
+// The caller is thread 0: it is pinned to the first core while a job runs and gets its own affinity back afterwards, so
+// that a user's Python thread stays free between steps. Between jobs the workers spin for at most 50 microseconds and
+// then sleep. With more threads than cores nobody spins. Knows nothing about plans.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "runtime/barrier.h"
+
+namespace haomiao {
+
+inline constexpr int kMostThreads = 1024;
+
+class Pool {
+ public:
+  using Job = void (*)(void* context, int thread);
+
+  // `threads` 0: as many as cores.h chooses. `pin` false leaves placement to the system.
+  explicit Pool(int threads, bool pin = true);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int threads() const { return static_cast<int>(cores_.size()); }
+
+  // job(context, t) for t in [0, threads()), t = 0 on the calling thread; returns when all have returned. False, and
+  // nothing is run, if another thread is inside run(). In a forked child the workers are started anew.
+  bool run(Job job, void* context);
+
+  // Inside a job: wait for all threads. What they wrote before is visible to all after.
+  void barrier() { barrier_.wait(); }
+
+ private:
+  void start_workers();
+  void work(int thread);
+
+  std::vector<int> cores_;
+  const bool pin_;
+  const int64_t spin_ns_;
+  Barrier barrier_;
+  std::atomic<bool> busy_{false};
+  alignas(64) std::atomic<uint32_t> job_number_{0};  // its change is the call to work
+  std::atomic<int> sleepers_{0};
+  Job job_ = nullptr;
+  void* context_ = nullptr;
+  bool stop_ = false;
+  int owner_;  // process that started the workers
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace haomiao
