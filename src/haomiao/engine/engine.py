@@ -161,23 +161,26 @@ class Engine:
 
     def _accept(self, now: int) -> None:
         """Take in what other threads submitted and cancelled."""
+        cancelled = {self._cancelled.popleft() for _ in range(len(self._cancelled))}
+        for job in [job for job in self._jobs.values() if job.id in cancelled]:
+            self._fail(job, CancelledError("the request was cancelled"), now)
         while self._inbox:
             job = self._inbox.popleft()
-            self._jobs[job.id] = job
+            if job.id in cancelled:
+                self._refuse(job, CancelledError("the request was cancelled"), now)
+                continue
             try:
                 sequence = open_sequence(job)
                 self._remember(sequence)
             except Exception as error:
-                failure = _as_error(error)
-                receipt = make_receipt(self._letterhead, job, None, now, error=failure)
-                del self._jobs[job.id]
-                self._finish(DoneEvent(job.id, 0, receipt, error=failure))
+                self._refuse(job, _as_error(error), now)
                 continue
+            self._jobs[job.id] = job
             self._enter(sequence)
-        while self._cancelled:
-            job_id = self._cancelled.popleft()
-            if job_id in self._jobs:
-                self._fail(self._jobs[job_id], CancelledError("the request was cancelled"), now)
+
+    def _refuse(self, job: Job, error: HaomiaoError, now: int) -> None:
+        """End a request that never became a sequence."""
+        self._finish(DoneEvent(job.id, 0, make_receipt(self._letterhead, job, None, now, error=error), error=error))
 
     def _enter(self, sequence: Sequence, past: Sequence | None = None) -> None:
         """Take a sequence in; one that branched off shares its past's KV."""
