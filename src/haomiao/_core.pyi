@@ -76,4 +76,3 @@ def attend(
     splits_per_call: int,
     out: npt.NDArray[Any],
 ) -> None: ...
-
