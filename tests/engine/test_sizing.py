@@ -24,7 +24,7 @@ def test_bytes_of_a_block() -> None:
 
 def test_room_for_a_few_whole_sequences_by_default() -> None:
     size = size_pool(PLAN, "bf16", max_context=None, kv_memory=1 << 30)
-    assert size.max_context == 4096 and size.blocks == 4 * 128
+    assert size.max_context == 4096 and size.blocks == 8 * 128
     assert size_pool(PLAN, "bf16", max_context=64, kv_memory=1 << 30).blocks == 256
 
 
