@@ -94,7 +94,7 @@ class LLM:
         self.isa = str(getattr(runner, "isa", ""))
         self.eos_ids = _end_ids(self.tokenizer, opened)
         self._opened = opened
-        self._requests = RequestMaker(self.tokenizer, self.max_context)
+        self._requests = RequestMaker(self.tokenizer, self.vocab_size, self.max_context)
         engine = Engine(
             runner,
             eos_ids=self.eos_ids,

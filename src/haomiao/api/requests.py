@@ -27,8 +27,9 @@ MAX_BUDGET_MS = 86_400_000
 class RequestMaker:
     """Makes the requests of one model."""
 
-    def __init__(self, tokenizer: Tokenizer | None, max_context: int) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, max_context: int) -> None:
         self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
         self.max_context = max_context
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
@@ -59,7 +60,7 @@ class RequestMaker:
             sampling=sampling,
             point=options.get("point"),
             constraint=self._constraint(options),
-            stop=self._matcher(sampling),
+            stop=self._matcher(sampling.stop, prompt_ids),
             prompt_logprobs=options.get("prompt_logprobs"),
             arrival_ns=arrival,
             deadline_ns=_deadline("budget_ms", options.get("budget_ms"), arrival),
@@ -83,14 +84,15 @@ class RequestMaker:
             single["max_tokens"] = max(1, min(DEFAULT_MAX_TOKENS, self.max_context - prompt_tokens))
         return replace(base or SamplingParams(), **single)
 
-    def _matcher(self, sampling: SamplingParams) -> Callable[[], StopMatcher] | None:
+    def _matcher(self, stops: Sequence[str], prompt_ids: list[int]) -> Callable[[], StopMatcher] | None:
         """Makes what turns tokens into text and finds the stop strings in it."""
         if self.tokenizer is None:
             return None
+        from haomiao.text.detokenize import Detokenizer
         from haomiao.text.stops import StopStrings
 
-        tokenizer, stops = self.tokenizer, sampling.stop
-        return lambda: StopStrings(tokenizer, stops)
+        tokenizer = self.tokenizer
+        return lambda: StopStrings(Detokenizer(tokenizer, after=prompt_ids), stops)
 
     def _constraint(self, options: Mapping[str, Any]) -> TokenConstraint | None:
         """What the answer must look like; at most one of the ways to say it."""
@@ -101,7 +103,9 @@ class RequestMaker:
             raise InputError(f"only one of {' and '.join(asked)} can be asked for", param=asked[1])
         from haomiao.text.constraint import compile_constraint
 
-        return compile_constraint(self.need_tokenizer(), asked[0], options[asked[0]])
+        kind: Any = asked[0]
+        value = None if kind == "json_object" else options[kind]
+        return compile_constraint(self.need_tokenizer(), kind, value, vocab_size=self.vocab_size)
 
     def options_of(
         self, prompt: str | Sequence[int], options: Sequence[str]

@@ -15,7 +15,7 @@ from haomiao.models.plan import Plan
 from haomiao.types import KV_BLOCK_TOKENS, KvType
 
 GIB = 1 << 30
-DEFAULT_SEQUENCES = 4
+DEFAULT_SEQUENCES = 8
 """Sequences of full length that a pool has room for, if memory permits."""
 _KV_BYTES: dict[KvType, int] = {"f32": 4, "bf16": 2, "int8": 1}
 
