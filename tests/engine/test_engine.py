@@ -7,21 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_fakes import (
-    EOS,
-    VOCAB,
-    Clock,
-    FakeExecutor,
-    LetterMatcher,
-    PatternConstraint,
-    ask,
-    done_of,
-    letter,
-    make_engine,
-    prompt_of,
-    text_of,
-    tokens_of,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +23,21 @@ from haomiao.errors import (
     OverloadError,
 )
 from haomiao.types import SamplingParams
+from tests.engine.fakes import (
+    EOS,
+    VOCAB,
+    Clock,
+    FakeExecutor,
+    LetterMatcher,
+    PatternConstraint,
+    ask,
+    done_of,
+    letter,
+    make_engine,
+    prompt_of,
+    text_of,
+    tokens_of,
+)
 
 MS = 1_000_000
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from engine_fakes import prompt_of
-
 from haomiao.engine.prefix import PrefixChain
 from haomiao.engine.state import BlockPool, PagedState
+from tests.engine.fakes import prompt_of
 
 TOKENS = prompt_of(100)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_fakes import VOCAB, prompt_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from haomiao.engine.random import uniform
 from haomiao.engine.sampler import Sampler, validate
 from haomiao.errors import ContextLengthError, EngineError, InputError
 from haomiao.types import SamplingParams
+from tests.engine.fakes import VOCAB, prompt_of
 
 
 def row_of(seed: int, vocab: int = VOCAB, levels: int | None = None) -> np.ndarray:

@@ -34,6 +34,8 @@ def check_request(request: EngineRequest, limits: Limits) -> None:
     if request.point is not None and request.point not in limits.points:
         known = ", ".join(limits.points)
         raise InputError(f"this model has the points {known}, not {request.point!r}", param="point")
+    if not isinstance(request.salt, bytes):
+        raise InputError("salt must be bytes", param="salt")
     check_tokens("prompt", request.prompt_ids, limits.vocab_size)
     requested = 0
     if request.work == "generate":

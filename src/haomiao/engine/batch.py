@@ -1,4 +1,7 @@
-"""A step's batch out of the sequences that share it. Knows tokens and KV; nothing about why they were chosen."""
+"""Between live sequences and the two that never see them: views for the scheduler, batches for the executor.
+
+Knows tokens and KV; nothing about why sequences are chosen.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from haomiao.engine.cost import StepShape
+from haomiao.engine.scheduler import SequenceView
 from haomiao.engine.sequence import Sequence
-from haomiao.types import StepBatch
+from haomiao.engine.state import BlockPool
+from haomiao.types import KV_BLOCK_TOKENS, StepBatch
 
 
 @dataclass(slots=True)
@@ -32,6 +37,30 @@ def rows_wanted(sequence: Sequence, tokens: int) -> int:
     if sequence.rows_from is None:
         return 1 if end >= sequence.target else 0
     return max(0, end - max(sequence.length, sequence.rows_from))
+
+
+def view_of(sequence: Sequence, pool: BlockPool, found: list[int]) -> SequenceView:
+    """What the scheduler sees. `found` are blocks of the prefix cache that a sequence without KV would start from."""
+    request, state = sequence.job.request, sequence.state
+    length = len(found) * KV_BLOCK_TOKENS if state is None else state.length
+    pending = sequence.target - length
+    deadlines = [request.deadline_ns, None if sequence.produced else request.ttft_deadline_ns]
+    return SequenceView(
+        key=sequence.key,
+        point=sequence.job.point,
+        pending=pending,
+        decoding=sequence.produced > 0 and pending <= KV_BLOCK_TOKENS,
+        arrival_ns=sequence.job.arrival_ns,
+        deadline_ns=min((deadline for deadline in deadlines if deadline is not None), default=None),
+        itl_ns=request.itl_ns,
+        last_served_ns=sequence.last_served_ns,
+        length=length,
+        running=state is not None,
+        blocks_alone=0 if state is None else state.blocks_alone,
+        claim=sum(1 for block in found if not pool.holders(block)),
+        tail_shared=state is not None and state.tail_shared,
+        rows_from=sequence.rows_from,
+    )
 
 
 def make_batch(point: str, shares: list[Share]) -> StepBatch:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from haomiao.engine import scheduler
 from haomiao.engine.account import Letterhead, make_receipt
 from haomiao.engine.admission import Limits, check_request
-from haomiao.engine.batch import Share, make_batch, reusable, rows_wanted, shape_of
+from haomiao.engine.batch import Share, make_batch, reusable, rows_wanted, shape_of, view_of
 from haomiao.engine.cost import CostModel, StepShape
 from haomiao.engine.held import HeldSequences
 from haomiao.engine.prefix import PrefixChain
@@ -27,7 +27,7 @@ from haomiao.engine.scheduler import SchedulerState, SequenceView, StepPlan
 from haomiao.engine.sequence import Generation, Job, Progress, Reading, Rows, Sequence, open_sequence
 from haomiao.engine.state import BlockPool, PagedState
 from haomiao.errors import CancelledError, DeadlineError, EngineError, HaomiaoError, KvExhaustedError, OverloadError
-from haomiao.types import KV_BLOCK_TOKENS, Executor, Observer, StepResult
+from haomiao.types import Executor, Observer, StepResult
 
 
 class Engine:
@@ -161,23 +161,26 @@ class Engine:
 
     def _accept(self, now: int) -> None:
         """Take in what other threads submitted and cancelled."""
+        cancelled = {self._cancelled.popleft() for _ in range(len(self._cancelled))}
+        for job in [job for job in self._jobs.values() if job.id in cancelled]:
+            self._fail(job, CancelledError("the request was cancelled"), now)
         while self._inbox:
             job = self._inbox.popleft()
-            self._jobs[job.id] = job
+            if job.id in cancelled:
+                self._refuse(job, CancelledError("the request was cancelled"), now)
+                continue
             try:
                 sequence = open_sequence(job)
                 self._remember(sequence)
             except Exception as error:
-                failure = _as_error(error)
-                receipt = make_receipt(self._letterhead, job, None, now, error=failure)
-                del self._jobs[job.id]
-                self._finish(DoneEvent(job.id, 0, receipt, error=failure))
+                self._refuse(job, _as_error(error), now)
                 continue
+            self._jobs[job.id] = job
             self._enter(sequence)
-        while self._cancelled:
-            job_id = self._cancelled.popleft()
-            if job_id in self._jobs:
-                self._fail(self._jobs[job_id], CancelledError("the request was cancelled"), now)
+
+    def _refuse(self, job: Job, error: HaomiaoError, now: int) -> None:
+        """End a request that never became a sequence."""
+        self._finish(DoneEvent(job.id, 0, make_receipt(self._letterhead, job, None, now, error=error), error=error))
 
     def _enter(self, sequence: Sequence, past: Sequence | None = None) -> None:
         """Take a sequence in; one that branched off shares its past's KV."""
@@ -191,11 +194,8 @@ class Engine:
         self._active[sequence.key] = sequence
 
     def _remember(self, sequence: Sequence) -> None:
-        """Start from what the request's session holds, and give the sequence the names of its blocks."""
+        """Give the sequence the names of its blocks, and start from what the request's session holds."""
         job = sequence.job
-        if job.request.session is not None:
-            sequence.state = self.held.take(job.request.session, job.id, job.point, sequence.tokens, reusable(sequence))
-            job.cached_tokens = sequence.length
         if self._prefix_cache:
             sequence.chain = PrefixChain(
                 model_key=self.model_key,
@@ -203,6 +203,10 @@ class Engine:
                 kv_type=self.executor.kv_type,
                 salt=job.request.salt,
             )
+        if job.request.session is not None:
+            limit = reusable(sequence)
+            sequence.state = self.held.take(job.request.session, job.id, job.point, sequence.tokens, limit)
+            job.cached_tokens = sequence.length
 
     # ---- admit ----------------------------------------------------------------------------------------------------
 
@@ -256,29 +260,7 @@ class Engine:
         return StepPlan()
 
     def _view(self, sequence: Sequence) -> SequenceView:
-        job, request = sequence.job, sequence.job.request
-        length, claim = sequence.length, 0
-        if sequence.state is None:
-            found = self._find_prefix(sequence)
-            length = len(found) * KV_BLOCK_TOKENS
-            claim = sum(1 for block in found if not self.pool.holders(block))
-        deadlines = [request.deadline_ns, None if sequence.produced else request.ttft_deadline_ns]
-        return SequenceView(
-            key=sequence.key,
-            point=job.point,
-            pending=sequence.target - length,
-            decoding=sequence.produced > 0 and sequence.target - length <= KV_BLOCK_TOKENS,
-            arrival_ns=job.arrival_ns,
-            deadline_ns=min((deadline for deadline in deadlines if deadline is not None), default=None),
-            itl_ns=request.itl_ns,
-            last_served_ns=sequence.last_served_ns,
-            length=length,
-            running=sequence.state is not None,
-            blocks_alone=0 if sequence.state is None else sequence.state.blocks_alone,
-            claim=claim,
-            tail_shared=sequence.state is not None and sequence.state.tail_shared,
-            rows_from=sequence.rows_from,
-        )
+        return view_of(sequence, self.pool, self._find_prefix(sequence) if sequence.state is None else [])
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         if sequence.chain is None:

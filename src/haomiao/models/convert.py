@@ -5,6 +5,7 @@ Knows plans, sources and artifacts; not families, nor files' formats. How a weig
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +75,8 @@ def convert(
             "default_point": points[0],
             "provenance": {
                 "source": source.name,
-                "identity": source.identity,
+                # a digest: the identity itself holds paths of the machine that converted
+                "identity": hashlib.sha256(source.identity.encode()).hexdigest()[:32],
                 "haomiao": __version__,
                 "exact": encoder.exact,
                 "rounded": encoder.rounded,
