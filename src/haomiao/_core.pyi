@@ -77,3 +77,79 @@ def attend(
     out: npt.NDArray[Any],
 ) -> None: ...
 
+# ---- runtime.cc
+
+class Plan:
+    def __init__(self, vocab_size: int, max_context: int) -> None: ...
+    def matrix(
+        self,
+        name: str,
+        encoding: int,
+        rows: int,
+        cols: int,
+        group: int,
+        lo_shift: int,
+        hi: npt.NDArray[Any],
+        lo: npt.NDArray[Any] | None,
+    ) -> None: ...
+    def vector(self, name: str, values: npt.NDArray[Any]) -> None: ...
+    def layer(self, kv_heads: int, head_dim: int, window: int) -> None: ...
+    def buffer(self, name: str, width: int) -> None: ...
+    def rope_table(self, dim: int, inv_freq: list[float], attention_factor: float) -> None: ...
+    def embed(self, out: str, table: str, scale: float, positions: str) -> None: ...
+    def norm(self, out: str, source: str, weight: str, eps: float, kind: str, bias: str) -> None: ...
+    def linear(self, out: str, source: str, weight: str, bias: str) -> None: ...
+    def head_norm(self, buffer: str, offset: int, heads: int, head_dim: int, weight: str, eps: float) -> None: ...
+    def rope(self, buffer: str, offset: int, heads: int, head_dim: int, rope: int) -> None: ...
+    def attention(
+        self,
+        out: str,
+        qkv: str,
+        layer: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        k_offset: int,
+        v_offset: int,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> None: ...
+    def add(self, target: str, source: str) -> None: ...
+    def glu(self, out: str, source: str, function: str) -> None: ...
+    def activate(self, out: str, source: str, function: str) -> None: ...
+    def head(self, source: str, weight: str, bias: str, scale: float, softcap: float) -> None: ...
+
+class Runner:
+    threads: int
+    isa: str
+    max_context: int
+    kv_bytes_per_block: int
+    buffer_bytes: int
+    def __init__(
+        self,
+        plan: Plan,
+        isa: str,
+        kv: str,
+        kv_blocks: int,
+        max_step_tokens: int,
+        threads: int,
+        pin: bool,
+        points: list[tuple[str, bool, bool, bool, bool]],
+    ) -> None: ...
+    def step(
+        self,
+        point: int,
+        token_ids: npt.NDArray[Any],
+        span_starts: npt.NDArray[Any],
+        past: npt.NDArray[Any],
+        block_tables: npt.NDArray[Any],
+        logit_rows: npt.NDArray[Any],
+        logits: npt.NDArray[Any],
+        argmax: npt.NDArray[Any],
+    ) -> int: ...
+    def copy_blocks(self, pairs: npt.NDArray[Any]) -> None: ...
+    def profile(self, on: bool) -> None: ...
+    def last_step_profile(self) -> list[tuple[str, int]]: ...
+
+def default_threads() -> int: ...

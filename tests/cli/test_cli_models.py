@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from haomiao.cli.main import main
+from haomiao.load.artifact import Artifact
 
 HIDDEN, FFN, VOCAB = 64, 96, 50
 
@@ -97,7 +98,9 @@ def test_a_damaged_artifact_is_found_by_verify(checkpoint: Path, capsys: pytest.
     assert main(["compress", str(checkpoint), "-o", str(out), "--quiet"]) == 0
     model = out / "model.haomiao"
     data = bytearray(model.read_bytes())
-    data[-1] ^= 1
+    with Artifact.open(out) as artifact:
+        body = next(section for section in artifact.sections if section.rows > 1)
+    data[body.offset + body.bytes // 2] ^= 1
     model.write_bytes(data)
     assert main(["show", str(out), "--verify"]) == 2
     assert "checksum" in capsys.readouterr().err

@@ -33,23 +33,27 @@ def run(args: Namespace) -> int:
 
     from haomiao.api import LLM
     from haomiao.measure.latency import Workload, measure_latency
-    from haomiao.measure.machine import default_threads
     from haomiao.measure.report import bench_lines, bench_report
     from haomiao.metrics.ceilings import measure_ceilings
 
     workload = Workload(args.prompt_tokens, args.new_tokens, args.streams, args.repeat, seed=args.seed)
     workload.check()
-    ceilings = measure_ceilings(args.threads or default_threads())
-    if not args.json:
-        print(f"ceilings  {ceilings.read_gb_s:.1f} GB/s read, {ceilings.int8_gops:.0f} int8 Gop/s")
     # each stream holds a prompt and an answer; a context of its own keeps a long default from being allocated
     given.setdefault("max_context", workload.prompt_tokens + workload.new_tokens)
     with terminal.ProgressBar(quiet=args.quiet) as bar:
         llm = LLM(model, progress=bar, prefix_cache=False, **given)
         try:
+            ceilings = measure_ceilings(llm.threads)
+            if not args.json:
+                print(f"ceilings  {ceilings.read_gb_s:.1f} GB/s read, {ceilings.int8_gops:.0f} int8 Gop/s")
             result = measure_latency(llm, workload, progress=lambda done, total: bar("runs", done, total))
             report = bench_report(
-                result, model=llm.name, point=llm.point, threads=llm.threads, ceilings=ceilings, **reads(llm, workload)
+                result,
+                model=llm.name,
+                point=llm.point,
+                threads=llm.threads,
+                ceilings=ceilings,
+                **reads(llm, workload),
             )
         finally:
             llm.close()

@@ -15,6 +15,7 @@ from haomiao.errors import InputError
 
 POINT_NAMES = ("full", "bf16", "int8", "int4")
 KV_NAMES = ("f32", "bf16", "int8")
+EXECUTORS = ("native", "reference")
 TEXT_FILE_LIMIT = 64 << 20  # bytes of a schema, grammar or prompt read from a file or standard input
 
 
@@ -66,6 +67,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "point": ("HAOMIAO_POINT", one_of(POINT_NAMES)),
     "max_context": ("HAOMIAO_MAX_CONTEXT", positive),
     "kv": ("HAOMIAO_KV", one_of(KV_NAMES)),
+    "executor": ("HAOMIAO_EXECUTOR", one_of(EXECUTORS)),
     "revision": ("HAOMIAO_REVISION", str),
 }
 """Destination -> (variable, type). A flag wins over its variable. `--offline` has HAOMIAO_OFFLINE: `config`."""
@@ -92,6 +94,9 @@ def add_runtime(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, help="default: the cores this process may use [HAOMIAO_THREADS]")
     parser.add_argument("--max-context", type=positive, help="tokens of prompt and answer [HAOMIAO_MAX_CONTEXT]")
     parser.add_argument("--kv", type=one_of(KV_NAMES), help=f"how K and V are kept: {', '.join(KV_NAMES)} [HAOMIAO_KV]")
+    parser.add_argument(
+        "--executor", type=one_of(EXECUTORS), help="native, or the slow reference in numpy [HAOMIAO_EXECUTOR]"
+    )
 
 
 def add_sampling(parser: ArgumentParser) -> None:
@@ -153,7 +158,7 @@ def take_model(args: Namespace) -> str | None:
 
 def runtime_options(args: Namespace) -> dict[str, Any]:
     """Keyword arguments of `LLM` that were given."""
-    names = ("point", "threads", "max_context", "kv", "revision", "offline")
+    names = ("point", "threads", "max_context", "kv", "executor", "revision", "offline")
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 

@@ -1,0 +1,175 @@
+// Runs a lowered plan: one call is one whole step over a batch. All memory is taken at load; a step allocates nothing,
+// takes no lock and, while its threads spin, makes no system call. Knows nothing about Python, files or scheduling.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/table.h"
+#include "runtime/batch.h"
+#include "runtime/lower.h"
+#include "runtime/memory.h"
+#include "runtime/plan.h"
+#include "runtime/pool.h"
+
+namespace haomiao {
+
+// One operating point: which planes are read, and the activations of weights that are stored as floats.
+struct PointSpec {
+  std::string name;
+  bool integer;  // weights in planes or int8 are allowed
+  Planes body, head;
+  Activation float_activation;  // f32 or bf16, for bf16 weights
+};
+
+struct RunnerOptions {
+  KvType kv;
+  int64_t kv_blocks;
+  int64_t max_step_tokens;
+  int threads;  // 0: as many as cores.h chooses
+  bool pin;
+};
+
+class Runner {
+ public:
+  // Throws std::invalid_argument with one line, or std::bad_alloc.
+  Runner(Plan plan, const KernelTable& kernels, const RunnerOptions& options, std::vector<PointSpec> points);
+
+  // One line that says what is wrong with the batch (nothing was done), or the empty string. logits is
+  // [rows, vocab_size], argmax [rows].
+  std::string step(int64_t point, const Batch& batch, float* logits, int32_t* argmax, int64_t* elapsed_ns);
+
+  // pairs is [count][2]: (from, to). As step().
+  std::string copy_blocks(const int32_t* pairs, int64_t count);
+
+  int threads() const { return pool_.threads(); }
+  const char* isa() const { return kernels_.isa; }
+  int64_t kv_bytes_per_block() const { return kv_bytes_per_block_; }
+  int64_t max_context() const { return plan_.max_context; }
+  int64_t buffer_bytes() const { return static_cast<int64_t>(arena_.bytes()); }
+
+  // Nanoseconds of each phase of the last step, while profiling is on; [0, phases()).
+  void profile(bool on) { profiling_ = on; }
+  const std::vector<Phase>& phases() const { return phases_; }
+  const std::vector<int64_t>& phase_ns() const { return phase_ns_; }
+
+ private:
+  // Memory of one thread.
+  struct Thread {
+    uint8_t* activations;  // prepared rows of a small step
+    float* rows;           // [kFewTokens][widest]: normed rows of a small step
+    float* tile;           // [kTileFloats]: outputs that an epilogue takes in
+    uint8_t* scratch;      // of the kernels
+    float* best;           // [max tokens]: the greatest logit of this thread's share, per row
+    int32_t* best_at;
+  };
+  // A piece of every layer's attention: tokens of one sequence against the splits [split_begin, split_end).
+  struct Item {
+    int sequence, first_token, tokens;
+    int64_t split_begin, split_end, splits;  // splits: how many the last token's context has
+    size_t partial;                          // floats: where the states of this tile begin
+  };
+  struct Share {
+    int begin, end;
+  };
+  // Rows that a linear layer takes in: of a buffer, normed on the way if `norm` is an operation of the plan.
+  struct RowSource {
+    int buffer, norm;
+    const int32_t* index;  // row r is row index[r] of the buffer, or r itself if nullptr
+  };
+
+  void check_points() const;
+  void reserve_memory();
+  void begin_step(const PointSpec& point, const Batch& batch, float* logits);
+  void choose_argmax(int32_t* argmax) const;
+
+  static void run_job(void* runner, int thread);
+  void run_phases(int thread);
+  void run(const RowwisePhase& phase, size_t index, int thread);
+  void run(const LinearPhase& phase, size_t index, int thread);
+  void run(const HeadsPhase& phase, size_t index, int thread);
+  void run(const AttentionPhase& phase, size_t index, int thread);
+  void run(const LogitsPhase& phase, size_t index, int thread);
+
+  // run_rowwise.cc
+  void rowwise_token(const Op& op, int token, const Thread& memory);
+  void embed(const EmbedOp& op, int token, const Thread& memory);
+  void norm_row(const NormOp& op, const float* x, float* out) const;
+  void fill_rope_tables(int token);
+  void transform_head(const HeadWork& work, int token, int head);
+  // run_linear.cc
+  const uint8_t* prepare(const RowSource& source, const Weight& weight, int rows, int thread);
+  int stretch_of(const Weight& weight, int rows) const;
+  void multiply(const LinearPhase& phase, LinearCall call, int first_token, const Thread& memory);
+  void finish(const LinearPhase& phase, int first_token, int tokens, int first_row, int rows, const float* y,
+              int64_t stride);
+  // run_attention.cc
+  void plan_items();
+  void divide_tile(const Item& tile, int64_t groups);
+  size_t state_floats(int tokens) const;
+  void attend_item(const AttentionOp& op, const Item& item, int kv_head, uint8_t* scratch, bool merge);
+
+  Activation activation_of(const Weight& weight) const;
+  float* row(int buffer, int token) const {
+    const Stored& b = buffers_[static_cast<size_t>(buffer)];
+    return b.data + static_cast<int64_t>(token) * b.stride;
+  }
+  const float* vector(int index) const {
+    return index == kNone ? nullptr : plan_.vectors[static_cast<size_t>(index)].data;
+  }
+  const Weight& weight(int index) const { return plan_.matrices[static_cast<size_t>(index)].weight; }
+  uint8_t* kv_block(int layer, int32_t block, int kv_head) const {
+    const KvLayer& l = layers_[static_cast<size_t>(layer)];
+    return kv_.data() + l.offset + (int64_t{block} * l.kv_heads + kv_head) * l.block_bytes;
+  }
+  const int32_t* block_table(int sequence) const { return batch_.block_tables + sequence * batch_.table_columns; }
+  Share share(int count, int unit, int thread) const;
+
+  struct Stored {
+    float* data;
+    int64_t stride;
+  };
+  struct KvLayer {
+    int64_t offset, block_bytes;  // of the layer in the pool; of one (block, kv head)
+    int kv_heads;
+  };
+
+  const Plan plan_;
+  const KernelTable kernels_;
+  const RunnerOptions options_;
+  const std::vector<PointSpec> points_;
+  Pool pool_;
+  const std::vector<Phase> phases_;
+  BatchCheck check_;
+  int max_tokens_, tile_tokens_ = 1, least_kv_heads_ = 1, most_kv_heads_ = 1;
+  int64_t kv_bytes_per_block_ = 0;
+
+  Arena arena_;
+  Mapping kv_;
+  std::vector<KvLayer> layers_;
+  std::vector<Stored> buffers_;
+  std::vector<Thread> thread_memory_;
+  uint8_t* activations_ = nullptr;  // prepared rows of a large step, all threads'
+  float* rows_ = nullptr;           // [max tokens][widest]: normed or gathered rows of a large step
+  int64_t widest_ = 0;
+  std::vector<float*> rope_tables_;  // per rope [max tokens][dim]: cosines, sines
+  float* partials_ = nullptr;
+  size_t partial_capacity_ = 0;  // floats
+
+  // This step's.
+  Batch batch_{};
+  const PointSpec* point_ = nullptr;
+  float* logits_ = nullptr;
+  std::vector<int32_t> sequence_of_;               // [max tokens]
+  std::vector<int64_t> positions_;                 // [max tokens]
+  std::vector<Item> tiles_, items_;                // capacity is reserved at load
+  bool split_ = false;                             // tiles are divided into items by splits, joined in a second pass
+  std::unique_ptr<std::atomic<uint32_t>[]> next_;  // [2 * phases]: the next attention item, the next to merge
+
+  std::atomic<bool> stepping_{false};
+  bool profiling_ = false;
+  std::vector<int64_t> phase_ns_;
+};
+
+}  // namespace haomiao

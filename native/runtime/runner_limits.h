@@ -1,0 +1,22 @@
+// Sizes that the runner's files share. None of them changes a bit of a result.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace haomiao {
+
+inline constexpr int64_t kMostStepTokens = 1 << 20, kMostKvBlocks = 1 << 28, kMostKvBytes = int64_t{1} << 46;
+// Up to so many rows every thread prepares all of them for itself, which is cheaper than meeting at a barrier.
+inline constexpr int kFewTokens = 8;
+// Outputs of a linear layer that wait in a thread's cache for their epilogue (64 KiB).
+inline constexpr size_t kTileFloats = 16384;
+// Prepared rows of a large step are worked off in stretches that stay in the second-level cache.
+inline constexpr size_t kStretchBytes = 384 << 10;
+inline constexpr int kLeastStretch = 64, kMostStretch = 256;
+// (token, head) pairs that one attention tile holds, about.
+inline constexpr int kTileQueries = 64;
+// Tiles are divided by splits until every thread has about so many pieces.
+inline constexpr int kItemsPerThread = 4;
+inline constexpr size_t kMostPartialFloats = size_t{16} << 20;
+
+}  // namespace haomiao
