@@ -26,7 +26,8 @@ KEY = "tokenizer.ggml."
 _NORMAL = PieceType.NORMAL
 _END_TEXTS = """
     <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
-    <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <eos> <end_of_utterance> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[
+    <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <eos> <end_of_utterance> <turn|> <|tool_response> <｜end▁of▁sentence｜>
+    [e~[
 """
 END_TEXTS = frozenset(_END_TEXTS.split())
 """Tokens that end an answer, whatever the file says of them (llama.cpp's end-of-generation list)."""

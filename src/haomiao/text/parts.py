@@ -47,6 +47,8 @@ class Parts:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     special_ids: frozenset[int] = frozenset()
+    matched_ids: frozenset[int] = frozenset()
+    """Tokens of `tokens` that are not special but are matched before segmentation."""
     chat_template: str | None = None
     token_bytes: Mapping[int, bytes] = field(default_factory=dict)
     """Bytes of tokens where the general rule of the decoder would be wrong."""

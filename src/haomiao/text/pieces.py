@@ -142,6 +142,7 @@ def scored_parts(model: SentencePieceModel) -> Parts:
         tokens=vocabulary.tokens,
         encoder=PieceEncoder(vocabulary, model.unigram),
         special_ids=frozenset(vocabulary.of_type(PieceType.CONTROL, PieceType.UNKNOWN)),
+        matched_ids=frozenset(vocabulary.of_type(PieceType.USER_DEFINED)),
         token_bytes=bytes_of_pieces(vocabulary),
         strip_leading_space=vocabulary.add_dummy_prefix and not vocabulary.whitespace_as_suffix,
         exact_model=lambda: serialize(model),

@@ -82,6 +82,22 @@ class Tokenizer:
         """True if a prompt begins with BOS."""
         return self.bos_id is not None and self.bos_id in self.prefix_ids
 
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Text -> id of the tokens that a prompt is cut at: special ones, and those matched before segmentation."""
+        if self._parts.tokens is not None:
+            tokens = self._parts.tokens
+            return {tokens[id_]: id_ for id_ in (*self._parts.special_ids, *self._parts.matched_ids)}
+        return {token.content: id_ for id_, token in self._added.items()}
+
+    @property
+    def declared_tokens(self) -> dict[str, str]:
+        """`bos_token`, `pad_token`, ... as tokenizer_config.json declares them; templates may refer to them."""
+        from haomiao.text.directory import content_of
+
+        names = [key for key in self._parts.config if key.endswith("_token")]
+        return {key: text for key in names if (text := content_of(self._parts.config[key])) is not None}
+
     # ---- encoding ---------------------------------------------------------------------------------------------------
 
     def encode(self, text: str, special: bool = False) -> list[int]:
