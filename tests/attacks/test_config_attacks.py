@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.golden.cases import CASES
 
 from haomiao.errors import HaomiaoError, InputError, ModelError, UnsupportedModelError
 from haomiao.models.config import eos_token_ids
 from haomiao.models.plan import Plan
 from haomiao.models.registry import default_context, plan_for, position_limit
+from tests.golden.cases import CASES
 
 BY_NAME = {case.name: case.config for case in CASES}
 LLAMA, GEMMA3, PHI3, GPT2 = (BY_NAME[n] for n in ("llama-gqa-tied", "gemma3-v4", "phi3-short", "gpt2-plain"))
