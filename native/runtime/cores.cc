@@ -74,8 +74,9 @@ double cpu_quota(const std::string& root) {
   for (std::string line; std::getline(file, line);) {  // "id:controllers:path"
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (first == std::string::npos || second == std::string::npos) continue;
-    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",",
-                      path = line.substr(second + 1);
+    std::string controllers(1, ',');
+    controllers.append(line, first + 1, second - first - 1).push_back(',');
+    const std::string path = line.substr(second + 1);
     if (controllers == ",,") {
       least = lesser(least, quota_along(root + "/sys/fs/cgroup", path, true));
     } else if (controllers.find(",cpu,") != std::string::npos) {
