@@ -3,8 +3,7 @@
 The order is: penalties, bias, tokens that are not allowed; then greedy, or temperature, top-k, top-p, min-p and a draw.
 Penalties are those of transformers and vLLM: repetition (Keskar et al., "CTRL", 2019, section 4.1) over prompt and
 output, presence and frequency (as OpenAI's API states them) over the output. top-p is that of Holtzman et al. 2020,
-min-p of Nguyen et al. 2024. All three keep a beginning of the descending order (ties: lower id first), so a draw
-walks down that order only as far as it must. Same logits, parameters and position: same token, whatever the company.
+min-p of Nguyen et al. 2024. Same logits, parameters and position: same token, whatever the company.
 Knows nothing about text, grammars or requests.
 """
 
@@ -17,14 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from haomiao.engine import masks
+from haomiao.engine.draw import Filters, draw
 from haomiao.engine.logprobs import log_softmax_at
-from haomiao.engine.order import descending, largest
 from haomiao.engine.random import uniform
 from haomiao.engine.validate import validate as validate
 from haomiao.errors import EngineError
 from haomiao.types import F32, U32, SamplingParams, TokenLogprob
-
-_FIRST_LOOK = 256  # candidates looked at first; widened 16-fold until the draw is decided
 
 
 class Sampler:
@@ -132,47 +129,5 @@ class Sampler:
         """Temperature, top-k, top-p, min-p, then the inverse of the cumulative distribution."""
         params = self.params
         scaled = (row - np.float32(peak)) / np.float32(max(params.temperature, 1e-6))
-        if 0 < params.top_k < row.shape[0]:
-            ids = descending(scaled, largest(scaled, params.top_k))
-            total = None
-        else:
-            ids = None
-            total = float(np.exp(scaled).sum(dtype=np.float64))
-        look = _FIRST_LOOK
-        while True:
-            order = ids if ids is not None else descending(scaled, largest(scaled, look))
-            weights = np.exp(scaled[order])  # descending, the first is 1
-            mass = np.cumsum(weights, dtype=np.float64)
-            whole = total if total is not None else float(mass[-1])
-            complete = ids is not None or order.shape[0] < look or look >= row.shape[0]
-            kept, kept_mass = _keep(weights, mass, whole, params, complete)
-            if kept_mass is not None:
-                goal = uniform(self.seed, position, self.sample) * kept_mass
-                index = int(np.searchsorted(mass[:kept], goal, side="right"))
-                if index < kept:
-                    return int(order[index])
-                if complete or kept < mass.shape[0]:  # rounding only: the goal lies beyond the last sum
-                    return int(order[int(np.flatnonzero(weights[:kept])[-1])])
-            look *= 16
-
-
-def _keep(
-    weights: F32, mass: npt.NDArray[np.float64], whole: float, params: SamplingParams, complete: bool
-) -> tuple[int, float | None]:
-    """How many of the descending `weights` remain after top-p and min-p, and their mass.
-
-    The mass is None if the weights looked at are not enough to tell.
-    """
-    kept = weights.shape[0]
-    decided = complete
-    if params.top_p < 1.0:  # keeps a token while the mass before it is below top_p
-        beyond = int(np.searchsorted(mass, params.top_p * whole, side="left")) + 1
-        if beyond <= kept:
-            kept, decided = beyond, True
-    if params.min_p > 0.0:
-        likely = int(np.count_nonzero(weights >= np.float32(params.min_p)))
-        if likely < weights.shape[0]:
-            kept, decided = min(kept, max(likely, 1)), True
-    if params.top_p >= 1.0 and params.min_p <= 0.0:
-        return kept, whole
-    return kept, float(mass[kept - 1]) if decided else None
+        filters = Filters(params.top_k, params.top_p, params.min_p)
+        return draw(scaled, filters, uniform(self.seed, position, self.sample))
