@@ -135,6 +135,14 @@ def permuted(name: str, x: np.ndarray, shape: ModelShape) -> np.ndarray:
     return x.reshape(heads, 2, shape.head_dim // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
+def vocabulary(size: int) -> list[str]:
+    """Placeholder tokens that a byte-level tokenizer can be built from: one merge, the bytes as GPT-2 spells them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = (chr(256 + index) for index in range(256 - len(printable)))
+    tokens = ["ab", *(chr(code) for code in printable), *others][:size]
+    return tokens + [f"<{token}>" for token in range(len(tokens), size)]
+
+
 def write_gguf(shape: ModelShape, path: Path, kind: str, seed: int) -> None:
     """The same weights as GGUF, in one quantized type; a placeholder vocabulary, since prompts are token ids."""
     import gguf
@@ -153,9 +161,9 @@ def write_gguf(shape: ModelShape, path: Path, kind: str, seed: int) -> None:
     writer.add_file_type(gguf.LlamaFileType[{"Q4_0": "MOSTLY_Q4_0", "Q8_0": "MOSTLY_Q8_0"}[kind]])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([f"<{token}>" for token in range(shape.vocab)])
+    writer.add_token_list(vocabulary(shape.vocab))
     writer.add_token_types([1] * shape.vocab)
-    writer.add_token_merges(["< 0"])
+    writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     for index, (name, size) in enumerate(tensors(shape)):

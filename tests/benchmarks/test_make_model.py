@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "make_model.py"
 
 
 def make(out: Path, shape: str, *flags: str) -> dict[str, object]:
-    command = [sys.executable, str(SCRIPT), shape, "--layers", "1", "--vocab", "64", "--out", str(out), *flags]
+    command = [sys.executable, str(SCRIPT), shape, "--layers", "1", "--vocab", "300", "--out", str(out), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     said: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return said

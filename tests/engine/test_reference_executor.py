@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.golden.cases import CASES
-from tests.golden.checkpoint import tokens_of
-from tests.models.runs import Sequence1, make_artifact, make_executor, relative_error
 
 from haomiao.engine.executors.reference import ReferenceExecutor, activate, as_stored
 from haomiao.errors import InputError, ModelError, UnsupportedModelError
@@ -20,6 +17,9 @@ from haomiao.load.artifact import Artifact
 from haomiao.models import plan as ops
 from haomiao.models.registry import plan_for
 from haomiao.types import F32, KV_BLOCK_TOKENS, Executor, StepBatch
+from tests.golden.cases import CASES
+from tests.golden.checkpoint import tokens_of
+from tests.models.runs import Sequence1, make_artifact, make_executor, relative_error
 
 CASE = next(case for case in CASES if case.name == "gemma3-v4")  # windows, norms on heads, two rotations
 TOKENS = tokens_of(CASE)

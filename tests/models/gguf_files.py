@@ -149,7 +149,8 @@ def write_rope(writer: Any, case: Case) -> None:
 
     config = case.config
     section = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = section.get("rope_theta", config.get("rope_theta", 10000.0))
+    default = 1_000_000.0 if case.family == "gemma3_text" else 10000.0
+    theta = section.get("rope_theta", config.get("rope_theta", default))
     writer.add_rope_freq_base(theta)
     kind = section.get("rope_type", section.get("type"))
     if kind == "linear":

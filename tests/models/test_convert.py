@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +272,32 @@ def test_what_travels_along(tmp_path: Path) -> None:
     assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
     assert artifact.meta["config"] == case.config
     assert artifact.meta["family"] == "llama"
+
+
+def test_memory_is_bounded_by_one_matrix(tmp_path: Path) -> None:
+    """24 MB of float32 weights, no matrix above 1 MB: converting them takes a few matrices' worth."""
+    case = BY_NAME["llama-gqa-tied"]
+    config = {**case.config, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 10}
+    shapes = {
+        name: shape
+        for spec in plan_for(config).weights.values()
+        for name, shape in zip(spec.sources, spec.shapes, strict=True)
+    }
+
+    class Lazy(DictSource):
+        def names(self) -> list[str]:
+            return list(shapes)
+
+        def shape(self, name: str) -> tuple[int, ...]:
+            return shapes[name]
+
+        def read(self, name: str) -> F32:
+            return np.full(shapes[name], 0.5, np.float32)
+
+    assert sum(int(np.prod(shape)) * 4 for shape in shapes.values()) > 23e6
+    for scheme in ("nested", "full"):
+        tracemalloc.start()
+        convert(Lazy(config, {}), tmp_path / scheme, scheme=scheme)  # type: ignore[arg-type]
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 7e6

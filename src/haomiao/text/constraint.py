@@ -81,7 +81,7 @@ class GrammarConstraint:
         if not self._ended() and not self._matcher.is_stopped():
             found = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32)
             self._check()
-            words[: found.size] = found
+            words[: self._grammars.words] = found[: self._grammars.words]  # llguidance rounds up generously
         for id_ in self._grammars.eos_ids:
             bit = np.uint32(1 << (id_ % 32))
             words[id_ // 32] = words[id_ // 32] | bit if complete else words[id_ // 32] & ~bit
@@ -151,6 +151,7 @@ class _Grammars:
         from llguidance._tokenizer import TokenizerWrapper
 
         self.vocab_size = tokenizer.vocab_size
+        self.words = (tokenizer.vocab_size + 31) // 32
         self.eos_ids = frozenset(tokenizer.eos_ids)
         tokens = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
         if not self.eos_ids:

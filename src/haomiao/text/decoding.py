@@ -97,6 +97,15 @@ def describe(part: Any) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def greatest_id(backend: Backend) -> int:
+    """The greatest token id, -1 for an empty vocabulary. Asks for the whole vocabulary only where ids have gaps."""
+    size = backend.get_vocab_size(with_added_tokens=False)
+    own = size - 1
+    if size and backend.id_to_token(own) is None:
+        own = max(backend.get_vocab(with_added_tokens=False).values())
+    return max(own, max(backend.get_added_tokens_decoder(), default=-1))
+
+
 def rule_of(backend: Backend) -> TokenBytes:
     """The rule of the backend's decoder."""
     return TokenBytes(describe(backend.decoder))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from haomiao.errors import ModelError, UnsupportedModelError
 from haomiao.text import library
+from haomiao.text.decoding import greatest_id
 from haomiao.text.files import parse_object, read_bytes, read_object
 from haomiao.text.parts import MAX_TOKEN_ID, Parts, guarded
 from haomiao.text.pieces import scored_parts
@@ -55,12 +56,9 @@ def from_json(data: bytes, name: str) -> Backend:
 
 def check_ids(backend: Backend, name: str) -> None:
     """Refuse a vocabulary that is empty or whose ids are absurd."""
-    added = backend.get_added_tokens_decoder()
-    size = backend.get_vocab_size(with_added_tokens=False)
-    if size + len(added) == 0:
+    greatest = greatest_id(backend)
+    if greatest < 0:
         raise ModelError(f"{name}: the vocabulary is empty")
-    # Ids of a model's own vocabulary are dense in every honest file; only then is its size a bound for them.
-    greatest = max(max(added, default=0), size - 1)
     if greatest > MAX_TOKEN_ID:
         raise ModelError(f"{name}: token id {greatest} is beyond {MAX_TOKEN_ID}")
 

@@ -30,6 +30,10 @@ _MAX_REPLY = 32 << 20
 _WORKER = Path(__file__).with_name("template_worker.py")
 
 
+class _WorkerGoneError(TemplateError):
+    """The worker ended without an answer."""
+
+
 class TemplateProcess:
     """A worker and the templates that it holds. Safe to use from several threads; they take turns."""
 
@@ -47,17 +51,28 @@ class TemplateProcess:
     def compile(self, source: str) -> None:
         """Check that `source` is a template. Raises `TemplateError`."""
         with self._lock:
-            self._template(source)
+            try:
+                self._template(source)
+            except _WorkerGoneError:
+                self._template(source)
 
     def render(self, source: str, context: dict[str, Any]) -> str:
-        """The text of a template. Raises `TemplateError`: malformed, refused by itself, too slow, too large."""
+        """The text of a template. Raises `TemplateError`: malformed, refused by itself, too slow, too large.
+
+        A worker that was gone (killed by someone else) is replaced and asked once more.
+        """
         with self._lock:
-            template = self._template(source)
-            reply = self._exchange({"id": template, "context": context, "limit": MAX_CHARACTERS})
-            text = reply.get("text")
-            if not isinstance(text, str):
-                raise TemplateError("the template worker gave no text")
-            return text
+            try:
+                return self._render(source, context)
+            except _WorkerGoneError:
+                return self._render(source, context)
+
+    def _render(self, source: str, context: dict[str, Any]) -> str:
+        template = self._template(source)
+        text = self._exchange({"id": template, "context": context, "limit": MAX_CHARACTERS}).get("text")
+        if not isinstance(text, str):
+            raise TemplateError("the template worker gave no text")
+        return text
 
     def close(self) -> None:
         """End the worker; the next use starts another."""
@@ -122,7 +137,7 @@ class TemplateProcess:
                 view = view[process.stdin.write(view) or 0 :]
         except OSError as error:
             self._kill()
-            raise TemplateError("the template worker ended") from error
+            raise _WorkerGoneError("the template worker ended") from error
 
     def _read(self, seconds: float, starved_seconds: float, complaint: str) -> dict[str, Any]:
         """One reply. Kills the worker if it does not come in time, is too long, or is not one."""
@@ -146,7 +161,7 @@ class TemplateProcess:
                 part = os.read(process.stdout.fileno(), 1 << 20)
                 if not part:
                     self._kill()
-                    raise TemplateError("the chat template used too much memory or ended its process")
+                    raise _WorkerGoneError("the chat template used too much memory or ended its process")
                 buffer += part
                 if len(buffer) >= 4 and wanted == 4:
                     (size,) = struct.unpack_from("<I", buffer)

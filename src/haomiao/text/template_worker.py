@@ -15,16 +15,20 @@ import json
 import resource
 import struct
 import sys
+import textwrap
 import time
 from typing import Any
 
 import jinja2
+import jinja2.constants
 import jinja2.debug
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+IMPORTED_EARLY = (textwrap, jinja2.constants, jinja2.debug)
+"""Jinja imports these when a filter or an error first needs them, which is too late here."""
 MEMORY_BYTES = 512 << 20
 MAX_TEMPLATES = 64
 WARM_UP = r"""

@@ -60,7 +60,7 @@ class Tokenizer:
             self._rule = decoding.rule_of(self._backend)
             self._added = self._backend.get_added_tokens_decoder()
             self.strips_leading_space = self._rule.strip_leading_space
-            greatest = max(self._backend.get_vocab_size(with_added_tokens=False) - 1, max(self._added, default=0))
+            greatest = decoding.greatest_id(self._backend)
         self.vocab_size = greatest + 1
         """One more than the greatest id. A model's head may be larger (padded)."""
 
@@ -125,7 +125,10 @@ class Tokenizer:
             if backend is None:
                 raise ModelError("this tokenizer has no library form")
             backend.encode_special_tokens = not special
-            return list(backend.encode(text, add_special_tokens=False).ids)
+            ids = list(backend.encode(text, add_special_tokens=False).ids)
+        if max(ids, default=0) >= self.vocab_size:  # a vocabulary with gaps that hid its greatest id
+            raise ModelError(f"the tokenizer gives token id {max(ids)}, beyond its vocabulary of {self.vocab_size}")
+        return ids
 
     def _encode_apart(self, text: str) -> list[int]:
         """Encode content in which the vocabulary itself holds a special token's text (unigram vocabularies do).
