@@ -647,3 +647,21 @@ def test_a_session_that_is_closed_or_cancelled_midway_leaks_nothing() -> None:
     engine.close()
     engine.close()
     assert engine.executor.closed  # type: ignore[attr-defined]
+
+
+def test_a_prefix_whose_owner_just_lost_its_kv() -> None:
+    """The second starts from blocks that the plan takes from the first: room is counted once, and nobody is shed."""
+    engine = make_engine(FakeExecutor(kv_blocks=8, max_step_tokens=200))
+    common = prompt_of(64, 1)
+    requests = [
+        ask([*common, *prompt_of(1, 0)], max_tokens=9, point="int4"),
+        ask([*common, *prompt_of(2, 1)], max_tokens=6, point="int4"),
+        ask(prompt_of(2, 1), max_tokens=2),
+        ask([*common, *prompt_of(29, 9)], max_tokens=40, ignore_eos=True),
+        ask([*common[:40], *prompt_of(2, 2)], max_tokens=11),
+    ]
+    ids = [engine.submit(request) for request in requests]
+    events = engine.run_until()
+    for request, request_id in zip(requests, ids, strict=True):
+        assert done_of(events, request_id).error is None
+        assert collected(events, request_id) == alone(request)

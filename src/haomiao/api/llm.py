@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
 from haomiao.api.answers import AnswerStream, Choice, Completion, completions_of
-from haomiao.api.requests import RequestMaker, chat_prompt, token_ids
+from haomiao.api.requests import ChatPrompts, RequestMaker, token_ids
 from haomiao.engine.driver import Driver
 from haomiao.engine.request import DoneEvent, EngineRequest, Event
 from haomiao.errors import EngineError, HaomiaoError, InputError, ModelNotFoundError, UnavailableError
@@ -95,6 +95,7 @@ class LLM:
         self.eos_ids = _end_ids(self.tokenizer, opened)
         self._opened = opened
         self._requests = RequestMaker(self.tokenizer, self.vocab_size, self.max_context)
+        self._chat_prompts = ChatPrompts(self._requests)
         engine = Engine(
             runner,
             eos_ids=self.eos_ids,
@@ -134,13 +135,15 @@ class LLM:
         *,
         stream: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Any:
-        """Answer a conversation: `messages` are {"role", "content"} in OpenAI's form. Options as in `generate`.
+        """Answer a conversation: `messages` are {"role", "content"} in OpenAI's form. Options as in `generate`;
+        `chat_template_kwargs` are variables of the checkpoint's template, such as enable_thinking.
 
         Returns a `Completion` (a list for `n` > 1), or an `AnswerStream` if `stream`.
         """
-        prompt = chat_prompt(self._requests, messages, tools)
+        prompt = self._chat_prompts.ids(messages, tools, chat_template_kwargs)
         return self.stream(prompt, **options) if stream else self.generate(prompt, **options)
 
     def choose(

@@ -11,10 +11,11 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from haomiao.engine.request import EngineRequest
-from haomiao.errors import InputError, UnavailableError
+from haomiao.errors import InputError
 from haomiao.types import SamplingParams, StopMatcher, TokenConstraint
 
 if TYPE_CHECKING:
+    from haomiao.text.template import ChatTemplate
     from haomiao.text.tokenizer import Tokenizer
 
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choice", "json_object")
@@ -92,7 +93,10 @@ class RequestMaker:
         from haomiao.text.stops import StopStrings
 
         tokenizer = self.tokenizer
-        return lambda: StopStrings(Detokenizer(tokenizer, after=prompt_ids), stops)
+        if self.vocab_size <= tokenizer.vocab_size:
+            return lambda: StopStrings(Detokenizer(tokenizer, after=prompt_ids), stops)
+        known = [token_id for token_id in prompt_ids if token_id < tokenizer.vocab_size]
+        return lambda: _Padded(StopStrings(Detokenizer(tokenizer, after=known), stops), tokenizer.vocab_size)
 
     def _constraint(self, options: Mapping[str, Any]) -> TokenConstraint | None:
         """What the answer must look like; at most one of the ways to say it."""
@@ -167,11 +171,44 @@ def _deadline(name: str, milliseconds: Any, arrival: int) -> int | None:
     return arrival + int(milliseconds * 1e6)
 
 
-def chat_prompt(maker: RequestMaker, messages: Sequence[Mapping[str, Any]], tools: Any) -> list[int]:
-    """Ids of a conversation, as the checkpoint's own template writes it, up to where the answer begins."""
-    tokenizer = maker.need_tokenizer()
-    if tokenizer.chat_template is None:
-        raise UnavailableError("this model has no chat template: use generate")
-    from haomiao.text.template import encode_chat
+class _Padded:
+    """A matcher for a model whose head is wider than the vocabulary: what lies beyond stands for no text."""
 
-    return list(encode_chat(tokenizer, messages, tools=tools))
+    def __init__(self, inner: StopMatcher, vocab_size: int) -> None:
+        self._inner = inner
+        self._vocab_size = vocab_size
+
+    def push(self, token_id: int) -> str:
+        """As `StopMatcher.push`."""
+        return self._inner.push(token_id) if token_id < self._vocab_size else ""
+
+    def flush(self) -> str:
+        """As `StopMatcher.flush`."""
+        return self._inner.flush()
+
+    @property
+    def stopped(self) -> str | None:
+        """As `StopMatcher.stopped`."""
+        return self._inner.stopped
+
+
+class ChatPrompts:
+    """Prompts of conversations, as the checkpoint's own template writes them (ChatML if it has none)."""
+
+    def __init__(self, maker: RequestMaker) -> None:
+        self._maker = maker
+        self._template: ChatTemplate | None = None
+
+    def ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> list[int]:
+        """Ids of a conversation, up to where the answer begins. Raises `InputError` and `TemplateError`."""
+        from haomiao.text.template import ChatTemplate, encode_chat
+
+        tokenizer = self._maker.need_tokenizer()
+        if self._template is None:
+            self._template = ChatTemplate.of(tokenizer)
+        return encode_chat(tokenizer, self._template, messages, tools=tools, **dict(variables or {}))

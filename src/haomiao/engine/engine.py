@@ -278,7 +278,8 @@ class Engine:
     # ---- run ------------------------------------------------------------------------------------------------------
 
     def _prepare(self, step_plan: StepPlan, now: int) -> list[Share]:
-        """Make room for the tokens of the step; a request for which there is none after all is shed."""
+        """Make room for the tokens of the step. A sequence for which there is none after all waits for the next plan:
+        a cached prefix that it was to start from may have been that of a sequence which just lost its KV."""
         planned = [(self._active[span.key], span.tokens) for span in step_plan.spans]
         for sequence, _ in planned:  # prefixes are held before anything is allocated, which could evict them
             if sequence.state is None:
@@ -287,17 +288,11 @@ class Engine:
                     sequence.job.cached_tokens = sequence.length
         shares: list[Share] = []
         for sequence, tokens in planned:
-            if sequence.state is None:
-                continue  # shed with another sample of its request
             rows = rows_wanted(sequence, tokens)
             try:
-                sequence.state.append(tokens)
-            except KvExhaustedError as error:
-                for share in shares:
-                    if share.sequence.job is sequence.job:
-                        share.sequence.cut(share.tokens)
-                self._fail(sequence.job, error, now)
-                shares = [share for share in shares if share.sequence.job is not sequence.job]
+                sequence.kv.append(tokens)
+            except KvExhaustedError:
+                self._preempt(sequence)
                 continue
             if sequence.job.started_ns is None:
                 sequence.job.started_ns = now
