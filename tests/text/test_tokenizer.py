@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ from hypothesis import strategies as st
 from haomiao.errors import InputError, ModelError, ModelNotFoundError, UnsupportedModelError
 from haomiao.text.tokenizer import Tokenizer
 
+
+@cache
+def load(path: Path) -> Tokenizer:
+    """Several tests read the same large files."""
+    return Tokenizer(path)
+
+
 CONFORMANCE = ["gpt-2", "llama-bpe", "llama-spm", "qwen2"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
@@ -22,7 +30,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 @pytest.mark.parametrize("name", CONFORMANCE)
 def test_gguf_gives_the_ids_of_llama_cpp(shared: Path, name: str) -> None:
     path = shared / f"data/tokenizers/conformance/ggml-vocab-{name}.gguf"
-    tokenizer = Tokenizer(path)
+    tokenizer = load(path)
     texts = Path(f"{path}.inp").read_bytes().decode("utf-8").split("\n__ggml_vocab_test__\n")
     lines = Path(f"{path}.out").read_text().split("\n")[: len(texts)]
     assert len(texts) == len(lines) > 40
@@ -34,10 +42,10 @@ def test_gguf_gives_the_ids_of_llama_cpp(shared: Path, name: str) -> None:
 
 def test_gguf_special_tokens(shared: Path) -> None:
     folder = shared / "data/tokenizers/conformance"
-    llama = Tokenizer(folder / "ggml-vocab-llama-bpe.gguf")
+    llama = load(folder / "ggml-vocab-llama-bpe.gguf")
     assert llama.add_bos and llama.encode("hi", special=True)[0] == llama.bos_id == 128000
     assert set(llama.eos_ids) == {128001, 128009}  # <|end_of_text|> is EOS, <|eot_id|> ends a turn
-    qwen = Tokenizer(folder / "ggml-vocab-qwen2.gguf")
+    qwen = load(folder / "ggml-vocab-qwen2.gguf")
     assert not qwen.add_bos and qwen.encode("hi", special=True) == qwen.encode("hi")
     assert qwen.token_id("</s>") not in qwen.eos_ids  # markup is a word of this vocabulary, not its end
     assert qwen.chat_template is not None and "<|im_start|>" in qwen.chat_template
@@ -189,3 +197,17 @@ def test_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", CONFORMANCE)
+def test_gguf_saved_is_the_same_tokenizer(shared: Path, name: str, tmp_path: Path, samples: list[str]) -> None:
+    tokenizer = load(shared / f"data/tokenizers/conformance/ggml-vocab-{name}.gguf")
+    tokenizer.save(tmp_path)
+    again = Tokenizer(tmp_path)
+    assert (again.bos_id, again.eos_ids, again.add_bos) == (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos)
+    assert again.special_ids == tokenizer.special_ids and again.vocab_size == tokenizer.vocab_size
+    assert again.chat_template == tokenizer.chat_template
+    for text in [*samples[::3], "a<|im_end|></s><|eot_id|><|endoftext|>b"]:
+        assert again.encode(text) == tokenizer.encode(text)
+        assert again.encode(text, special=True) == tokenizer.encode(text, special=True)
+        assert again.decode(again.encode(text)) == text
