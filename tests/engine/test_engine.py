@@ -485,7 +485,7 @@ def test_the_receipt_adds_up() -> None:
     assert receipt.as_dict()["schedule"][0]["point"] == "int8"
 
 
-def test_observers_see_steps_and_ends() -> None:
+def test_observers_see_steps_and_ends_and_do_no_harm(caplog: pytest.LogCaptureFixture) -> None:
     class Watcher:
         def __init__(self) -> None:
             self.steps: list[int] = []
@@ -497,11 +497,16 @@ def test_observers_see_steps_and_ends() -> None:
         def on_finish(self, receipt: Any) -> None:
             self.receipts.append(receipt)
 
+    class Broken(Watcher):
+        def on_step(self, batch: Any, result: Any) -> None:
+            raise ValueError("I broke")
+
     watcher = Watcher()
-    engine = make_engine(observers=(watcher,))
+    engine = make_engine(observers=(Broken(), watcher))
     engine.submit(ask(prompt_of(30), max_tokens=3, ignore_eos=True))
     engine.run_until()
     assert watcher.steps == [30, 1, 1] and len(watcher.receipts) == 1
+    assert "Broken failed" in caplog.text
 
 
 # ---- other work -----------------------------------------------------------------------------------------------------
@@ -539,6 +544,7 @@ def test_choice_scores_are_sums_of_logprobs(
     request = EngineRequest(prompt, work="choose", options=options, normalize=normalize)
     events = engine.run_until(engine.submit(request))
     scores = done_of(events, 1).scores
+    assert make_engine(executor, eos_ids=engine.eos_ids).score_options(prompt, options, normalize=normalize) == scores
     for option, score in zip(options, scores or (), strict=True):
         tokens = [*prompt, *option, *([EOS] if known_end else [])]
         history = np.array([[token, 0] for token in tokens])
@@ -551,7 +557,7 @@ def test_choice_scores_are_sums_of_logprobs(
     engine.check_integrity()
     assert engine.pool.available == kv_blocks
     if step_tokens == 512 and kv_blocks == 64:
-        assert len(executor.batches) <= 2, "the options run in one step"
+        assert len(executor.batches) <= 4, "the options run in one step after the prompt's, twice"
 
 
 def test_prompt_logprobs() -> None:

@@ -23,13 +23,14 @@ from tests.golden.cases import CASES
 from tests.models.runs import make_artifact, make_executor
 
 SCHEMES = {"full": "full", "int8": "nested", "int4": "nested"}
-CASE = next(case for case in CASES if case.name.startswith("qwen2"))
+PICKED = [next(case for case in CASES if case.name.startswith(family)) for family in ("qwen2", "gemma2")]
+VOCAB = min(int(case.config["vocab_size"]) for case in PICKED)
 
 
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+@pytest.fixture(scope="module", params=PICKED, ids=lambda case: str(case.name))
+def artifacts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     directory = tmp_path_factory.mktemp("identity")
-    return {scheme: make_artifact(CASE, directory, scheme) for scheme in ("full", "nested")}
+    return {scheme: make_artifact(request.param, directory, scheme) for scheme in ("full", "nested")}
 
 
 @pytest.fixture(scope="module", params=["reference", "native"])
@@ -43,7 +44,7 @@ def runs(request: pytest.FixtureRequest, artifacts: dict[str, Artifact]) -> Iter
         if key not in made:
             made[key] = make_executor(kind, artifacts[key[0]], max_step_tokens=step_tokens, kv_blocks=kv_blocks)
         return Engine(
-            made[key], eos_ids=(0,), max_context=CASE.config.get("max_position_embeddings", 256),
+            made[key], eos_ids=(0,), max_context=200,
             prefix_cache=prefix_cache, model_key="m", point=point,
         )  # fmt: skip
 
@@ -54,7 +55,7 @@ def runs(request: pytest.FixtureRequest, artifacts: dict[str, Artifact]) -> Iter
 
 
 def prompt(length: int, seed: int) -> list[int]:
-    return [int(each) for each in np.random.default_rng(seed).integers(1, CASE.config["vocab_size"], size=length)]
+    return [int(each) for each in np.random.default_rng(seed).integers(1, VOCAB, size=length)]
 
 
 def answers(engine: Engine, requests: list[EngineRequest], gap: int = 0) -> list[tuple[list[int], list[float]]]:
@@ -143,7 +144,7 @@ def test_thread_counts(artifacts: dict[str, Artifact], point: str) -> None:
             plan_for(artifact.meta["config"], None), artifact.tensors, artifact.vectors,
             points=tuple(artifact.meta["points"]), kv_type=None, kv_blocks=24, max_step_tokens=64, threads=threads,
         )  # fmt: skip
-        engine = Engine(executor, max_context=256, point=point)
+        engine = Engine(executor, max_context=200, point=point)
         requests = [ask(prompt(45, seed), max_tokens=8, logprobs=1, temperature=0.5, seed=seed) for seed in (1, 2)]
         found.append(answers(engine, requests))
         executor.close()

@@ -8,6 +8,7 @@ the one it is given. `submit` and `cancel` may be called from other threads than
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -132,6 +133,32 @@ class Engine:
             events += self.step()
             waiting &= {job.id for job in (*self._jobs.values(), *self._inbox)}
         return events
+
+    def score_options(
+        self,
+        prompt_ids: SequenceOf[int],
+        options: SequenceOf[SequenceOf[int]],
+        *,
+        normalize: bool = False,
+        point: str | None = None,
+    ) -> list[float]:
+        """Natural-log probability of each option, and of its end, after the prompt. The prompt is computed once, the
+        options run together as forked sequences. Steps until the scores are there; raises what the request fails with.
+        """
+        request = EngineRequest(
+            prompt_ids,
+            work="choose",
+            options=tuple(tuple(option) for option in options),
+            normalize=normalize,
+            point=point,
+        )
+        request_id = self.submit(request)
+        for event in self.run_until(request_id):
+            if isinstance(event, DoneEvent) and event.request_id == request_id:
+                if event.error is not None:
+                    raise event.error
+                return event.scores or []
+        raise EngineError("the choice ended without a word")
 
     def open_session(self) -> int:
         """A memory of one sequence between requests (`EngineRequest.session`)."""
@@ -315,8 +342,7 @@ class Engine:
             for job in {share.sequence.job.id: share.sequence.job for share in shares}.values():
                 self._fail(job, _as_error(error), self._clock())
             return None
-        for observer in self._observers:
-            observer.on_step(batch, result)
+        self._notify(lambda observer: observer.on_step(batch, result))
         if self._cost is not None:
             self._cost.observe(shape_of(point, shares), result.elapsed_ns)
         return result
@@ -406,8 +432,15 @@ class Engine:
 
     def _finish(self, event: DoneEvent) -> None:
         self._events.append(event)
+        self._notify(lambda observer: observer.on_finish(event.receipt))
+
+    def _notify(self, tell: Callable[[Observer], None]) -> None:
+        """Tell the observers. One that fails is logged; no request suffers for it."""
         for observer in self._observers:
-            observer.on_finish(event.receipt)
+            try:
+                tell(observer)
+            except Exception:
+                logging.getLogger(__name__).exception("the observer %s failed", type(observer).__name__)
 
     def _take_events(self) -> list[Event]:
         events, self._events = self._events, []
