@@ -1,19 +1,18 @@
 // Attention over paged K/V, read as stored. One (query token, kv head) at a time is the unit whose bits are fixed:
-// scores of 32-key chunks in ascending absolute position, online softmax inside splits of 512 positions, splits merged
-// in order. However tokens are grouped into calls, and calls into ranges of splits, every output has the same bits, in
-// every instruction set:
+// softmax inside splits of 512 absolute positions, splits merged in ascending order. However tokens are grouped into
+// calls, and calls into ranges of splits, every output has the same bits, in every instruction set:
 //   q' = q * scale; score = sum over d ascending of fma(q'[d], k[key][d], score), int8: times the key's scale;
 //   softcap: cap * tanh(score / cap); masked keys take no part;
-//   per chunk: m' = max(m, scores), a = exp(m - m'), p = exp(score - m'), l = fma(l, a, sum of p in 16 lanes added
-//   8, 4, 2, 1), o[d] = fma(p, v[key][d], ...) over keys ascending from o[d] * a; int8: p * the value's scale first;
-//   per split, ascending: M' = max(M, m), L = fma(L, exp(M - M'), l * exp(m - M')), O likewise; out = O / L.
+//   per split: m = greatest score, p = exp(score - m), l = sum of p in 16 lanes (key mod 16, ascending, lanes added
+//   8, 4, 2, 1), o[d] = fma(p, v[key][d], o[d]) over keys ascending from 0; int8: p * the value's scale first;
+//   splits, ascending: M' = max(M, m), L = fma(L, exp(M - M'), l * exp(m - M')), O likewise; out = O / L.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 namespace haomiao {
 
-inline constexpr int kKvBlock = 32;   // tokens of a KV block = keys of one attention chunk
+inline constexpr int kKvBlock = 32;   // tokens of a KV block
 inline constexpr int kKvSplit = 512;  // absolute positions per split
 
 enum class KvType : uint32_t { f32 = 0, bf16 = 1, int8 = 2 };

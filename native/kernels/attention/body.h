@@ -1,7 +1,8 @@
 // The attention kernels over Lanes, compiled once per instruction set. Include one instruction set's lanes first.
 //
-// A row is one (query token, head). Rows that see the same keys of a chunk are worked off kPassRows at a time with K
-// and V loaded once for all of them; a row's own arithmetic never depends on the others (attention.h states it).
+// A row is one (query token, head). Up to kPassRows rows go through a split together, K and V loaded once for all of
+// them: scores of the whole split, softmax, then values. A row's own arithmetic never depends on the others
+// (attention.h states it).
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -33,12 +34,25 @@ size_t partial_floats(int heads_per_kv, int head_dim, int tokens) {
   return (rows * (2 + static_cast<size_t>(padded_dim(head_dim))) + 15) / 16 * 16;
 }
 
-// Scaled queries [rows][head_dim], the split's state, and the merged state of the splits before it.
+// Scaled queries [rows][head_dim], the split's state, the merged state of the splits before it, and a pass's scores.
 size_t scratch_bytes(int heads_per_kv, int head_dim, int tokens) {
   const size_t rows = static_cast<size_t>(heads_per_kv) * static_cast<size_t>(tokens);
   const size_t queries = (rows * static_cast<size_t>(head_dim) + 15) / 16 * 16;
-  return sizeof(float) * (queries + 2 * partial_floats(heads_per_kv, head_dim, tokens));
+  const size_t scores = static_cast<size_t>(kPassRows) * kKvSplit;
+  return sizeof(float) * (queries + 2 * partial_floats(heads_per_kv, head_dim, tokens) + scores);
 }
+
+// The blocks of one split as the rows of a pass meet them. Keys count from the split's first position.
+template <typename T>
+struct Split {
+  const AttentionCall& call;
+  int64_t first_block;  // of the sequence
+
+  BlockView<T> block(int index) const {
+    const int64_t at = call.blocks[first_block + index] * call.block_stride;
+    return BlockView<T>(const_cast<uint8_t*>(call.base) + at, call.head_dim);
+  }
+};
 
 // s[r][key] = sum over d of q[r][d] k[d][key] for R rows and C x 16 keys.
 template <int R, int C, typename T>
@@ -59,25 +73,30 @@ inline void score_keys(const float* q, int head_dim, const T* k, float* s) {
   }
   HAOMIAO_UNROLL
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) store(s + r * kKvBlock + c * 16, sum[r][c]);
+    for (int c = 0; c < C; ++c) store(s + r * kKvSplit + c * 16, sum[r][c]);
   }
 }
 
-// o[r][..] = o[r][..] * a[r], then += p[r][key] v[key][..] over keys [low, high), for R rows and C x 16 dimensions.
+// o[r][..] += p[r][key] v[key][..] over keys [low, high) ascending, for R rows and C x 16 dimensions from `d` on.
 template <int R, int C, typename T>
-inline void add_values(const float* p, const T* v, int dim, int low, int high, const float* a, float* o) {
+inline void add_values(const Split<T>& split, const float* p, int d, int low, int high, float* o) {
+  const int dim = padded_dim(split.call.head_dim);
   Lanes sum[R][C];
   HAOMIAO_UNROLL
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) sum[r][c] = multiply(load(o + r * dim + c * 16), broadcast(a[r]));
+    for (int c = 0; c < C; ++c) sum[r][c] = load(o + r * dim + c * 16);
   }
-  for (int key = low; key < high; ++key) {
-    Lanes values[C];
-    for (int c = 0; c < C; ++c) values[c] = load(v + key * dim + c * 16);
-    HAOMIAO_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const Lanes x = broadcast(p[r * kKvBlock + key]);
-      for (int c = 0; c < C; ++c) sum[r][c] = multiply_add(x, values[c], sum[r][c]);
+  for (int key = low; key < high;) {
+    const T* v = split.block(key / kKvBlock).v + d;
+    const int end = (key / kKvBlock + 1) * kKvBlock < high ? (key / kKvBlock + 1) * kKvBlock : high;
+    for (; key < end; ++key) {
+      Lanes values[C];
+      for (int c = 0; c < C; ++c) values[c] = load(v + key % kKvBlock * dim + c * 16);
+      HAOMIAO_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const Lanes x = broadcast(p[r * kKvSplit + key]);
+        for (int c = 0; c < C; ++c) sum[r][c] = multiply_add(x, values[c], sum[r][c]);
+      }
     }
   }
   HAOMIAO_UNROLL
@@ -86,109 +105,122 @@ inline void add_values(const float* p, const T* v, int dim, int low, int high, c
   }
 }
 
-// One chunk of keys as the rows of a pass meet it: keys [low, high) of 32 are seen.
+template <int R, typename T>
+inline void add_all_values(const Split<T>& split, const float* p, int low, int high, float* o) {
+  const int dim = padded_dim(split.call.head_dim);
+  int d = 0;
+  for (; d + 16 * kPassVectors <= dim; d += 16 * kPassVectors)
+    add_values<R, kPassVectors>(split, p, d, low, high, o + d);
+  for (; d < dim; d += 16) add_values<R, 1>(split, p, d, low, high, o + d);
+}
+
+constexpr float kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Scores of one row, keys [low, high) of the split, to probabilities (times the values' scales for int8). Lanes of the
+// first and the last vector that are not seen become 0.
 template <typename T>
-struct Chunk {
-  BlockView<T> block;
-  int head_dim, low, high;
-  float softcap;
+inline void soften(const Split<T>& split, float* s, int low, int high, float* m, float* l) {
+  const int begin = low / 16 * 16, end = (high + 15) / 16 * 16;
+  const Lanes none = broadcast(-kInfinity), cap = broadcast(split.call.softcap);
+  Lanes top = none;
+  for (int key = begin; key < end; key += 16) {
+    Lanes score = load(s + key);
+    if constexpr (sizeof(T) == 1) {
+      score = multiply(score, load(split.block(key / kKvBlock).key_scales + key % kKvBlock));
+    }
+    if (split.call.softcap > 0) score = multiply(cap, tanh_lanes(divide(score, cap)));
+    if (key < low || key + 16 > high) {
+      const Lanes index = add(load(kIndex), broadcast(static_cast<float>(key)));
+      score = select_less(index, broadcast(static_cast<float>(low)), none, score);
+      score = select_less(index, broadcast(static_cast<float>(high)), score, none);
+    }
+    top = select_less(top, score, score, top);
+    store(s + key, score);
+  }
+  *m = greatest(top);
+  const Lanes most = broadcast(*m);
+  Lanes total = broadcast(0.0f);
+  for (int key = begin; key < end; key += 16) {
+    Lanes p = exp_lanes(subtract(load(s + key), most));
+    total = add(total, p);
+    if constexpr (sizeof(T) == 1) p = multiply(p, load(split.block(key / kKvBlock).value_scales + key % kKvBlock));
+    store(s + key, p);
+  }
+  *l = sum(total);
+}
+
+// Keys of the split that a token sees: [low, high).
+struct Seen {
+  int low, high;
 };
 
-constexpr float kIndex[kKvBlock] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-                                    16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+inline Seen seen_by(const AttentionCall& call, int token, int64_t first_key) {
+  const int64_t own = call.first_position + token - first_key;  // the query's own place
+  const int64_t low = call.window == 0 ? 0 : own - call.window + 1, high = own + 1;
+  return {static_cast<int>(low < 0          ? 0
+                           : low > kKvSplit ? kKvSplit
+                                            : low),
+          static_cast<int>(high < 0          ? 0
+                           : high > kKvSplit ? kKvSplit
+                                             : high)};
+}
 
-// Scores of one row to probabilities (times the values' scales); returns the factor for what was summed before.
-template <typename T>
-inline float soften(const Chunk<T>& chunk, float* s, float* m, float* l) {
-  Lanes score[2];
-  for (int c = 0; c < 2; ++c) {
-    score[c] = load(s + c * 16);
-    if constexpr (sizeof(T) == 1) score[c] = multiply(score[c], load(chunk.block.key_scales + c * 16));
-    if (chunk.softcap > 0) {
-      const Lanes cap = broadcast(chunk.softcap);
-      score[c] = multiply(cap, tanh_lanes(divide(score[c], cap)));
-    }
-    if (chunk.low > 0 || chunk.high < kKvBlock) {
-      const Lanes index = load(kIndex + c * 16), none = broadcast(-kInfinity);
-      score[c] = select_less(index, broadcast(static_cast<float>(chunk.low)), none, score[c]);
-      score[c] = select_less(index, broadcast(static_cast<float>(chunk.high)), score[c], none);
+// R rows: `tokens` tokens from `token` on with R / tokens heads each; q, s and state begin at the first of them.
+template <int R, typename T>
+void attend_pass(const Split<T>& split, int token, int tokens, const float* q, float* s, const State& state) {
+  const AttentionCall& call = split.call;
+  const int heads = R / tokens, dim = padded_dim(call.head_dim);
+  const int64_t first_key = split.first_block * kKvBlock;
+  // Later tokens see later keys: all of them see [common.low, common.high).
+  const Seen first = seen_by(call, token, first_key), last = seen_by(call, token + tokens - 1, first_key);
+  for (int block = first.low / kKvBlock; block * kKvBlock < last.high; ++block) {
+    const T* k = split.block(block).k;
+    for (int key = 0; key < kKvBlock; key += 16 * kPassVectors) {
+      score_keys<R, kPassVectors>(q, call.head_dim, k + key, s + block * kKvBlock + key);
     }
   }
-  const float top = greatest(select_less(score[0], score[1], score[1], score[0]));
-  const float before = *m, now = top > before ? top : before;
-  const float factor = now == before ? 1.0f : first(exp_lanes(broadcast(before - now)));
-  Lanes p[2];
-  for (int c = 0; c < 2; ++c) p[c] = exp_lanes(subtract(score[c], broadcast(now)));
-  *m = now;
-  *l = fmaf(*l, factor, sum(add(p[0], p[1])));
-  for (int c = 0; c < 2; ++c) {
-    if constexpr (sizeof(T) == 1) p[c] = multiply(p[c], load(chunk.block.value_scales + c * 16));
-    store(s + c * 16, p[c]);
+  const Seen common = {last.low, first.high < last.low ? last.low : first.high};
+  for (int t = 0, r = 0; t < tokens; ++t) {
+    const Seen seen = seen_by(call, token + t, first_key);
+    for (int head = 0; head < heads; ++head, ++r) {
+      if (seen.low >= seen.high) continue;
+      float* p = s + r * kKvSplit;
+      soften(split, p, seen.low, seen.high, state.m + r, state.l + r);
+      const int before = seen.high < common.low ? seen.high : common.low;
+      if (seen.low < before) add_all_values<1>(split, p, seen.low, before, state.o + r * dim);
+    }
   }
-  return factor;
+  if (common.low < common.high) add_all_values<R>(split, s, common.low, common.high, state.o);
+  for (int t = 0, r = 0; t < tokens; ++t) {
+    const Seen seen = seen_by(call, token + t, first_key);
+    const int after = seen.low > common.high ? seen.low : common.high;
+    for (int head = 0; head < heads && tokens > 1; ++head, ++r) {
+      if (after < seen.high) add_all_values<1>(split, s + r * kKvSplit, after, seen.high, state.o + r * dim);
+    }
+  }
 }
 
 template <int R, typename T>
-void attend_pass(const Chunk<T>& chunk, const float* q, const State& state) {
-  alignas(64) float s[R * kKvBlock];
-  float factor[R];
-  for (int key = 0; key < kKvBlock; key += 16 * kPassVectors) {
-    score_keys<R, kPassVectors>(q, chunk.head_dim, chunk.block.k + key, s + key);
-  }
-  for (int r = 0; r < R; ++r) factor[r] = soften(chunk, s + r * kKvBlock, state.m + r, state.l + r);
-  const int dim = padded_dim(chunk.head_dim);
-  int d = 0;
-  for (; d + 16 * kPassVectors <= dim; d += 16 * kPassVectors) {
-    add_values<R, kPassVectors>(s, chunk.block.v + d, dim, chunk.low, chunk.high, factor, state.o + d);
-  }
-  for (; d < dim; d += 16) add_values<R, 1>(s, chunk.block.v + d, dim, chunk.low, chunk.high, factor, state.o + d);
+inline void dispatch(int rows, const Split<T>& split, int token, int tokens, const float* q, float* s,
+                     const State& state) {
+  if (rows == R) return attend_pass<R>(split, token, tokens, q, s, state);
+  if constexpr (R > 1) dispatch<R - 1>(rows, split, token, tokens, q, s, state);
 }
 
-// Rows [0, rows) of q and state, in passes of at most R rows and nearly equal size.
-template <int R, typename T>
-inline void dispatch(int count, const Chunk<T>& chunk, const float* q, const State& state) {
-  if (count == R) return attend_pass<R>(chunk, q, state);
-  if constexpr (R > 1) dispatch<R - 1>(count, chunk, q, state);
-}
-
+// All rows of the call against one split: several tokens in a pass, or one token's heads in several.
 template <typename T>
-void attend_rows(const Chunk<T>& chunk, const float* q, State state, int rows) {
-  for (int passes = (rows + kPassRows - 1) / kPassRows; passes > 0; --passes) {
-    const int count = (rows + passes - 1) / passes;
-    dispatch<kPassRows>(count, chunk, q, state);
-    q += count * chunk.head_dim;
-    state = {state.m + count, state.l + count, state.o + count * padded_dim(chunk.head_dim)};
-    rows -= count;
-  }
-}
-
-inline int clamp_key(int64_t key) { return static_cast<int>(key < 0 ? 0 : key > kKvBlock ? kKvBlock : key); }
-
-// All rows of the call against block `index` of the sequence.
-template <typename T>
-void attend_chunk(const AttentionCall& call, int64_t index, const float* q, const State& state) {
-  uint8_t* block = const_cast<uint8_t*>(call.base) + call.blocks[index] * call.block_stride;
-  Chunk<T> chunk = {BlockView<T>(block, call.head_dim), call.head_dim, 0, kKvBlock, call.softcap};
+void attend_split(const Split<T>& split, const float* q, float* s, const State& state) {
+  const AttentionCall& call = split.call;
   const int heads = call.heads_per_kv, dim = padded_dim(call.head_dim);
-  int whole = 0;  // tokens before `token` that see the whole chunk and wait for their pass
-  for (int token = 0; token <= call.tokens; ++token) {
-    const int64_t last = call.first_position + token - index * kKvBlock;  // the query's own position in the chunk
-    const bool end = token == call.tokens;
-    const int low = end || call.window == 0 ? 0 : clamp_key(last - call.window + 1),
-              high = end ? 0 : clamp_key(last + 1);
-    if (!end && low == 0 && high == kKvBlock) {
-      ++whole;
-      continue;
+  const int together = heads < kPassRows ? kPassRows / heads : 1;
+  for (int token = 0; token < call.tokens; token += together) {
+    const int tokens = call.tokens - token < together ? call.tokens - token : together;
+    for (int head = 0; head < heads; head += kPassRows) {
+      const int count = heads - head < kPassRows ? heads - head : kPassRows, row = token * heads + head;
+      const State rows = {state.m + row, state.l + row, state.o + static_cast<int64_t>(row) * dim};
+      const float* queries = q + static_cast<int64_t>(row) * call.head_dim;
+      dispatch<kPassRows>(count * tokens, split, token, tokens, queries, s, rows);
     }
-    const auto run = [&](int first, int count, int from, int to) {
-      const int row = first * heads;
-      chunk.low = from, chunk.high = to;
-      attend_rows(chunk, q + static_cast<int64_t>(row) * call.head_dim,
-                  State{state.m + row, state.l + row, state.o + static_cast<int64_t>(row) * dim}, count * heads);
-    };
-    if (whole) run(token - whole, whole, 0, kKvBlock);
-    if (low < high) run(token, 1, low, high);
-    whole = 0;
   }
 }
 
@@ -246,21 +278,19 @@ void attend_as(const AttentionCall& call) {
   float* q = static_cast<float*>(call.scratch);
   float* states = q + (static_cast<size_t>(rows) * static_cast<size_t>(call.head_dim) + 15) / 16 * 16;
   const State all = state_at(states + floats, rows);
+  float* scores = states + 2 * floats;
   scale_queries(call, q);
   const int64_t earliest = call.first_position - call.window + 1;
   const int64_t first_key = call.window == 0 || earliest < 0 ? 0 : earliest;
-  const int64_t chunks = (call.first_position + call.tokens - 1) / kKvBlock + 1;
-  constexpr int64_t kChunks = kKvSplit / kKvBlock;
-  if (!call.partials) all.clear(rows, dim);
+  const int64_t last_key = call.first_position + call.tokens - 1;
   const int64_t begin = call.partials ? call.split_begin : first_key / kKvSplit;
-  const int64_t end = call.partials ? call.split_end : (chunks + kChunks - 1) / kChunks;
+  const int64_t end = call.partials ? call.split_end : last_key / kKvSplit + 1;
+  if (!call.partials) all.clear(rows, dim);
   for (int64_t split = begin; split < end; ++split) {
     float* place = call.partials ? call.partials + static_cast<size_t>(split - begin) * floats : states;
     const State state = state_at(place, rows);
     state.clear(rows, dim);
-    const int64_t stop = (split + 1) * kChunks < chunks ? (split + 1) * kChunks : chunks;
-    const int64_t start = first_key / kKvBlock > split * kChunks ? first_key / kKvBlock : split * kChunks;
-    for (int64_t index = start; index < stop; ++index) attend_chunk<T>(call, index, q, state);
+    attend_split(Split<T>{call, split * (kKvSplit / kKvBlock)}, q, scores, state);
     if (!call.partials) join(all, state, rows, dim);
   }
   if (!call.partials) finish(call, all);
