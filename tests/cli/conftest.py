@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +32,7 @@ class Calls:
     says: list[str] = field(default_factory=lambda: ["Hello", ", ", "world"])
     raises: BaseException | None = None
     raises_after: int = 0
+    model: Any = None
 
 
 @pytest.fixture
@@ -41,6 +42,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     class LLM:
         name, point, threads, vocab_size = "fake", "int8", 2, 100
+        tokenizer = SimpleNamespace(chat_template="a template")
 
         def __init__(self, model: str | None = None, *, progress: Any = None, **options: Any) -> None:
             if isinstance(model, str) and model.startswith("missing"):
@@ -72,8 +74,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Calls:
             calls.closed += 1
 
     module = ModuleType("haomiao.api")
+    calls.model = LLM
     module.LLM = LLM  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "haomiao.api", module)
-    for variable in ("MODEL", "THREADS", "POINT", "MAX_CONTEXT", "KV", "REVISION", "OFFLINE", "DEBUG"):
+    for variable in ("MODEL", "THREADS", "POINT", "MAX_CONTEXT", "KV", "EXECUTOR", "REVISION", "OFFLINE", "DEBUG"):
         monkeypatch.delenv(f"HAOMIAO_{variable}", raising=False)
     return calls

@@ -96,3 +96,14 @@ def test_a_refused_turn_is_taken_back(
     assert capsys.readouterr().err.count("haomiao: too long") == 2
     pipe(monkeypatch, "one\n")
     assert main(["chat"]) == 2
+
+
+def test_a_model_without_a_template_continues_a_transcript(
+    fake: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.model.tokenizer = SimpleNamespace(chat_template=None)
+    pipe(monkeypatch, "hello\nand now?\n")
+    assert main(["chat", "--system", "Be brief.", "--stop", "!"]) == 0
+    assert "no chat template" in capsys.readouterr().err
+    transcript = "Be brief.\nUser: hello\nAssistant: Hello, world\nUser: and now?\nAssistant:"
+    assert fake.asked[1] == (transcript, {"stop": ("!", "\nUser:")})

@@ -80,10 +80,20 @@ def test_every_flag_reaches_the_model(fake: Any, tmp_path: Path) -> None:
     )
     argv += shlex.split("--repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --ignore-eos")
     argv += ["--stop", "\n", "--stop", "END", "--budget-ms", "50", "--json-schema", str(schema)]
-    argv += shlex.split("--point int4 --threads 3 --max-context 128 --kv int8 --revision main --offline")
+    argv += shlex.split(
+        "--point int4 --threads 3 --max-context 128 --kv int8 --executor reference --revision main --offline"
+    )
     assert main(["generate", *argv]) == 0
     assert fake.opened[0][1] == {
-        **{"point": "int4", "threads": 3, "max_context": 128, "kv": "int8", "revision": "main", "offline": True}
+        **{
+            "point": "int4",
+            "threads": 3,
+            "max_context": 128,
+            "kv": "int8",
+            "revision": "main",
+            "offline": True,
+            "executor": "reference",
+        }
     }
     assert fake.asked[0][1] == {
         **{"max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "seed": 7},

@@ -144,10 +144,11 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 def to_float32(exact: Fraction) -> float:
     """Round a fraction to float32, ties to even, by comparing the exact neighbours."""
-    guess = np.float32(float(exact))
-    if np.isinf(guess):
-        return float(guess)
-    candidates = [guess, np.nextafter(guess, np.float32(np.inf)), np.nextafter(guess, np.float32(-np.inf))]
+    with np.errstate(over="ignore"):
+        guess = np.float32(float(exact))
+        if np.isinf(guess):
+            return float(guess)
+        candidates = [guess, np.nextafter(guess, np.float32(np.inf)), np.nextafter(guess, np.float32(-np.inf))]
     candidates = [c for c in candidates if np.isfinite(c)]
     distance = [abs(Fraction(float(c)) - exact) for c in candidates]
     best = [c for c, d in zip(candidates, distance, strict=True) if d == min(distance)]

@@ -158,6 +158,16 @@ def test_what_is_not_a_model(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+def test_a_directory_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    write_model(tmp_path, tensors(), CONFIG)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(ModelError, match="Permission denied"):
+        open_source(tmp_path)
+
+
 def test_stories260k(shared: Path) -> None:
     source = open_source(shared / "data" / "stories260K" / "hf")
     assert source.config["model_type"] == "llama"

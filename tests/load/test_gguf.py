@@ -45,7 +45,7 @@ def test_every_tensor_is_there(tmp_path: Path, architecture: str) -> None:
 
 
 def test_llama(tmp_path: Path) -> None:
-    file = tiny("llama", **{"tokenizer.chat_template": "{{ messages }}"})
+    file = tiny("llama", **{"tokenizer.chat_template": "{{ messages }}", "tokenizer.ggml.model": "gpt2"})
     rng = np.random.default_rng(0)
     q, k, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 32), (16, 32), (32,)))
     file.add("blk.1.attn_q.weight", to_gguf_rows(q, 4))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from haomiao.errors import InputError
 from haomiao.measure.accuracy import measure_agreement, measure_perplexity
+from haomiao.measure.report import accuracy_lines
 
 VOCAB = 7
 
@@ -87,3 +88,15 @@ def test_refusals() -> None:
         measure_perplexity(lambda ids: uniform(ids)[1:], [1, 2])
     with pytest.raises(InputError, match="vocabular"):
         measure_agreement(uniform, lambda ids: uniform(ids)[:, 1:], [1, 2])
+
+
+def test_lines_name_model_point_text_and_tokens() -> None:
+    ids = list(range(VOCAB)) * 4
+    head = {"model": "m", "point": "int4", "text": "t.txt"}
+    alone = accuracy_lines({**head, **measure_perplexity(uniform, ids, window=8).as_dict()})
+    assert alone.startswith("m at int4 on t.txt: 24 tokens\n")
+    assert "7.000 [7.000, 7.000]" in alone
+    other = measure_agreement(knows_the_next, uniform, ids, window=8).as_dict()
+    both = accuracy_lines({**head, "against": "int8", **other})
+    assert "KL from int8" in both
+    assert "1.94591" in both

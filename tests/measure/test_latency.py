@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from haomiao.errors import InputError, ModelError
-from haomiao.measure.latency import Run, Workload, bench_report, measure_latency, run_once, summarize_runs
+from haomiao.measure.latency import Run, Workload, measure_latency, run_once, summarize_runs
+from haomiao.measure.report import bench_lines, bench_report
 from haomiao.metrics.ceilings import Ceilings
 
 
@@ -77,6 +78,7 @@ def test_report_identities_and_keys() -> None:
     assert report["read_gb_s"] == pytest.approx(report["bytes_per_token"] * report["decode_tok_s"] / 1e9)
     assert report["share_of_bandwidth"] == pytest.approx(report["read_gb_s"])
     assert report["share_of_peak"] == pytest.approx(1e6 * report["prefill_tok_s"] / 1e9 / 50.0)
+    assert "p50 10.00 ms" in bench_lines(report)
 
 
 def test_what_was_not_measured_is_null() -> None:
@@ -86,6 +88,7 @@ def test_what_was_not_measured_is_null() -> None:
     )
     for key in ("decode_tok_s", "read_gb_s", "share_of_bandwidth", "share_of_peak", "bytes_per_token"):
         assert report[key] is None
+    assert "(-)" in bench_lines(report)
 
 
 @pytest.mark.parametrize("streams", [1, 3])

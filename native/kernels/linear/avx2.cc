@@ -91,6 +91,7 @@ HAOMIAO_INLINE int32_t correction(const ActivationGroup& x, int shift) {
 template <Form F, int M>
 HAOMIAO_INLINE void add_block(const uint8_t* hi, const uint8_t* lo, int r, int shift, const __m256 scale[2],
                               const uint8_t* x, size_t stride, __m256 y[M][4]) {
+  __asm__("" : "+r"(x));  // or the compiler keeps all broadcasts of one half tile, on the stack, for the other
   constexpr int kPlanes = planes_of(F);
   __m256i sum[kPlanes][M][2];
   HAOMIAO_UNROLL

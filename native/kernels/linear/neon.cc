@@ -78,6 +78,7 @@ HAOMIAO_INLINE const ActivationGroup& group_at(const uint8_t* x, size_t bytes) {
 template <Form F, int M>
 HAOMIAO_INLINE void add_block(const uint8_t* hi, const uint8_t* lo, int r, int shift, const float32x4_t scale[4],
                               const uint8_t* x, size_t stride, float32x4_t y[M][8]) {
+  __asm__("" : "+r"(x));  // or the compiler keeps all broadcasts of one half tile, on the stack, for the other
   constexpr int kPlanes = planes_of(F);
   int32x4_t sum[kPlanes][M][4];
   HAOMIAO_UNROLL

@@ -4,9 +4,6 @@
 #include <math.h>
 #include <string.h>
 
-// Vectors pass between inline functions of this file only, so their calling convention does not matter.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 namespace haomiao {
 namespace {
 
@@ -15,6 +12,7 @@ constexpr int kLanes = 16;
 // 16 floats in as many registers as the instruction set needs; the operators work lane by lane.
 typedef float Lanes __attribute__((vector_size(64)));
 
+typedef float Quad __attribute__((vector_size(16)));
 typedef int32_t IntLanes __attribute__((vector_size(64)));
 
 inline __attribute__((always_inline)) Lanes load(const float* x) {
@@ -77,16 +75,18 @@ float half_of(float x) {
 // Squared error of codes in [-8, 7]: summed in 16 lanes, which are then added 8, 4, 2, 1 apart.
 float squared_error(const float* x, int group, float scale) {
   const float divisor = scale == 0 ? 1.0f : scale;
-  Lanes lanes = {};
+  Quad sums[4] = {};
   for (int begin = 0; begin < group; begin += kLanes) {
-    const Lanes exact = load(x + begin) / divisor;
-    const Lanes error = exact - clamp(round_even(exact), -8.0f, 7.0f);
-    lanes += error * error;
+    for (int i = 0; i < 4; ++i) {
+      Quad exact;
+      memcpy(&exact, x + begin + 4 * i, sizeof(exact));
+      exact = exact / divisor;
+      const Quad error = exact - clamp(round_even(exact), -8.0f, 7.0f);
+      sums[i] += error * error;
+    }
   }
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    for (int i = 0; i < distance; ++i) lanes[i] += lanes[i + distance];
-  }
-  return lanes[0] * scale * scale;
+  const Quad fours = (sums[0] + sums[2]) + (sums[1] + sums[3]);  // lanes 8 apart, then 4 apart
+  return ((fours[0] + fours[2]) + (fours[1] + fours[3])) * scale * scale;
 }
 
 struct Range {

@@ -28,34 +28,39 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Ceilings, model, runs, report."""
-    model = options.take_model(args, needed=False)
+    model = options.take_model(args)
     given = options.runtime_options(args)
 
     from haomiao.api import LLM
-    from haomiao.measure.latency import Workload, bench_report, measure_latency
-    from haomiao.measure.machine import default_threads
+    from haomiao.measure.latency import Workload, measure_latency
+    from haomiao.measure.report import bench_lines, bench_report
     from haomiao.metrics.ceilings import measure_ceilings
 
     workload = Workload(args.prompt_tokens, args.new_tokens, args.streams, args.repeat, seed=args.seed)
     workload.check()
-    ceilings = measure_ceilings(args.threads or default_threads())
-    if not args.json:
-        print(f"ceilings  {ceilings.read_gb_s:.1f} GB/s read, {ceilings.int8_gops:.0f} int8 Gop/s")
     # each stream holds a prompt and an answer; a context of its own keeps a long default from being allocated
     given.setdefault("max_context", workload.prompt_tokens + workload.new_tokens)
     with terminal.ProgressBar(quiet=args.quiet) as bar:
         llm = LLM(model, progress=bar, prefix_cache=False, **given)
         try:
+            ceilings = measure_ceilings(llm.threads)
+            if not args.json:
+                print(f"ceilings  {ceilings.read_gb_s:.1f} GB/s read, {ceilings.int8_gops:.0f} int8 Gop/s")
             result = measure_latency(llm, workload, progress=lambda done, total: bar("runs", done, total))
             report = bench_report(
-                result, model=llm.name, point=llm.point, threads=llm.threads, ceilings=ceilings, **reads(llm, workload)
+                result,
+                model=llm.name,
+                point=llm.point,
+                threads=llm.threads,
+                ceilings=ceilings,
+                **reads(llm, workload),
             )
         finally:
             llm.close()
     if args.json:
         terminal.write_json(report)
     else:
-        print(lines(report))
+        print(bench_lines(report))
     return 0
 
 
@@ -67,29 +72,3 @@ def reads(llm: Any, workload: Any) -> dict[str, Any]:
     weights = weight_bytes_per_step(llm.plan, llm.weights, llm.point)
     kv = kv_bytes_per_token(llm.plan, llm.kv) * context * workload.streams
     return {"bytes_per_step": weights + kv, "operations_per_token": operations_per_token(llm.plan)}
-
-
-def lines(report: dict[str, Any]) -> str:
-    """The report for a person. What was not measured is shown as a dash."""
-
-    def show(value: float | None, form: str, unit: str) -> str:
-        return "-" if value is None else f"{value:{form}} {unit}"
-
-    def share(value: float | None, of: str) -> str:
-        return "-" if value is None else f"{100 * value:.0f} % of {of}"
-
-    itl = report["itl_ms"]
-    peak = share(report["share_of_peak"], "the int8 peak")
-    bandwidth = share(report["share_of_bandwidth"], "the bandwidth")
-    rows = [
-        (
-            "model",
-            f"{report['model']}, point {report['point']}, threads {report['threads']}, streams {report['streams']}",
-        ),
-        ("prefill", f"{show(report['prefill_tok_s'], '.1f', 'tok/s')}  ({peak})"),
-        ("decode", f"{show(report['decode_tok_s'], '.1f', 'tok/s')}"),
-        ("read", f"{show(report['read_gb_s'], '.1f', 'GB/s')} while decoding  ({bandwidth})"),
-        ("ttft", show(report["ttft_ms"], ".1f", "ms")),
-        ("itl", f"p50 {show(itl['p50'], '.2f', 'ms')}  p99 {show(itl['p99'], '.2f', 'ms')}"),
-    ]
-    return "\n".join(f"{name:<8}  {text}" for name, text in rows)

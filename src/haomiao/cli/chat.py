@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from haomiao.cli import options, terminal
 from haomiao.errors import HaomiaoError
 
+PLAIN_STOP = "\nUser:"
 HELP = "/exit leaves, /clear forgets the conversation, /help shows this"
 
 
@@ -29,7 +31,7 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Converse until the input ends."""
-    model = options.take_model(args, needed=False)
+    model = options.take_model(args)
     asked = options.sampling_options(args)
 
     from haomiao.api import LLM
@@ -57,6 +59,9 @@ class Conversation:
         self._receipt: Any = None
         self.messages: list[dict[str, str]] = []
         self.clear()
+        self._templated = getattr(llm.tokenizer, "chat_template", None) is not None
+        if not self._templated:
+            terminal.note("this model has no chat template: it continues the conversation as plain text")
 
     def clear(self) -> None:
         """Forget everything but the system message."""
@@ -108,6 +113,13 @@ class Conversation:
             terminal.write_json({"messages": self.messages, "receipt": receipt})
         return 0
 
+    def _ask(self) -> Any:
+        """A stream of the next answer."""
+        if self._templated:
+            return self._llm.chat(list(self.messages), stream=True, **self._asked)
+        stops = (*self._asked.get("stop", ()), PLAIN_STOP)
+        return self._llm.stream(plain_text(self.messages), **{**self._asked, "stop": stops})
+
     def answer(self, question: str) -> None:
         """Ask, stream the answer, remember both. Of an answer that was interrupted, what was shown is remembered.
 
@@ -116,7 +128,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": question})
         said: list[str] = []
         receipt = finish_reason = None
-        stream = iter(self._llm.chat(list(self.messages), stream=True, **self._asked))
+        stream = iter(self._ask())
         try:
             for chunk in stream:
                 said.append(chunk.text)
@@ -135,9 +147,19 @@ class Conversation:
             close = getattr(stream, "close", None)  # ends the request in the engine
             if close is not None:
                 close()
-        self.messages.append({"role": "assistant", "content": "".join(said)})
+        spoken = "".join(said)
+        self.messages.append({"role": "assistant", "content": spoken if self._templated else spoken.strip()})
         self._receipt = receipt or self._receipt
         if not self._as_json:
             terminal.write_text("\n")
             if not self._quiet and receipt is not None:
                 terminal.note(terminal.receipt_line(receipt.as_dict(), finish_reason))
+
+
+def plain_text(messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation as a transcript that breaks off where the assistant speaks next."""
+    lines = [
+        message["content"] if message["role"] == "system" else f"{message['role'].capitalize()}: {message['content']}"
+        for message in messages
+    ]
+    return "\n".join([*lines, "Assistant:"])

@@ -1,18 +1,19 @@
 """Convert a checkpoint into an artifact: weights in kernel layout, mapped and run without conversion.
 
-SRC is a Hugging Face id or directory, or a GGUF file. Weights are rounded to nearest: `nested` keeps an int4 plane and
-the plane that makes it int8; `full` keeps float32, `bf16` bfloat16, for reference.
+SRC is a Hugging Face id or directory, or a GGUF file. `nested` keeps an int4 plane and the plane that makes it int8,
+rounded to nearest; what SRC has in codes that fit (GGUF Q4_0, Q8_0, int4 and int8 checkpoints) keeps them. `full` keeps
+the weights as loaded, `bf16` rounds them to bfloat16.
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from pathlib import Path
 
 from haomiao.cli import options, terminal
 from haomiao.errors import InputError
 
-SCHEMES = ("nested", "exact", "full", "bf16")
+SCHEMES = ("nested", "full", "bf16")
 GROUPS = ("32", "64", "128")
 LO_SHIFTS = ("3", "4")
 
@@ -33,26 +34,33 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Convert and say what became of it."""
-    source = options.take_model(args)
+    model = options.require_model(args)
     if args.no_lo and args.scheme != "nested":
         raise InputError("--no-lo belongs to --scheme nested", param="--no-lo")
     if args.lo_shift and args.scheme != "nested":
         raise InputError("--lo-shift belongs to --scheme nested", param="--lo-shift")
 
-    from haomiao.cli.models import convert_model, describe
+    from haomiao.cli.models import describe_artifact, open_checkpoint
+    from haomiao.models.convert import convert
 
-    chosen: dict[str, Any] = {"scheme": args.scheme, "group": int(args.group)}
-    if args.lo_shift:
-        chosen["lo_shift"] = int(args.lo_shift)
-    if args.no_lo:
-        chosen["lo"] = False
     with terminal.ProgressBar(quiet=args.quiet) as bar:
-        out = convert_model(source, args.output, args, force=args.force, progress=bar, **chosen)
-    about = describe(out)
+        source = open_checkpoint(model, args, bar)
+        try:
+            out = convert(
+                source,
+                Path(args.output),
+                scheme=args.scheme,
+                group=int(args.group),
+                lo_shift=int(args.lo_shift or 4),
+                with_lo=not args.no_lo,
+                overwrite=args.force,
+                progress=bar,
+            )
+        finally:
+            source.close()
+    about = describe_artifact(out)
     if args.json:
         terminal.write_json(about)
     elif not args.quiet:
-        terminal.note(
-            f"{out}: {about['family']}, {terminal.human_bytes(about['bytes'])}, points {' '.join(about['points'])}"
-        )
+        terminal.note(terminal.model_line(about))
     return 0

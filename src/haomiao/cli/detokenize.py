@@ -25,7 +25,7 @@ def run(args: Namespace) -> int:
     from haomiao.cli.models import open_tokenizer
 
     ids = parse_ids(terminal.read_input("standard input"))
-    text = open_tokenizer(options.take_model(args, needed=False), args).decode(ids)
+    text = open_tokenizer(options.take_model(args), args).decode(ids)
     if args.json:
         terminal.write_json({"text": text})
     else:

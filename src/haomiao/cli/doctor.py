@@ -41,11 +41,11 @@ def examine(threads: int | None, seconds: float) -> dict[str, Any]:
     """Everything `doctor` knows, JSON-ready."""
     from haomiao.config import cache_dir
     from haomiao.kernels import isa
-    from haomiao.measure.machine import describe_machine
+    from haomiao.measure.machine import default_threads, describe_machine
     from haomiao.metrics.ceilings import measure_ceilings
 
     machine = describe_machine()
-    ceilings = measure_ceilings(threads or machine.threads, seconds=seconds)
+    ceilings = measure_ceilings(threads or default_threads(), seconds=seconds)
     return {
         "version": __version__,
         "python": platform.python_version(),

@@ -34,12 +34,13 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Measure and print."""
-    model = options.take_model(args, needed=False)
+    model = options.take_model(args)
     given = options.runtime_options(args)
     text = options.read_text(args.text, "--text")
 
     from haomiao.api import LLM
     from haomiao.measure.accuracy import measure_agreement, measure_perplexity
+    from haomiao.measure.report import accuracy_lines
 
     given.setdefault("max_context", args.window)
     given.pop("point", None)
@@ -69,24 +70,5 @@ def run(args: Namespace) -> int:
     if args.json:
         terminal.write_json(report)
     else:
-        print(lines(report))
+        print(accuracy_lines(report))
     return 0
-
-
-def lines(report: dict[str, Any]) -> str:
-    """The report for a person."""
-
-    def show(interval: dict[str, Any], form: str) -> str:
-        return f"{interval['estimate']:{form}} [{interval['low']:{form}}, {interval['high']:{form}}]"
-
-    out = [f"{report['model']} at {report['point']} on {report['text']}: {report['tokens']} tokens"]
-    if "kl" in report:
-        out += [
-            f"  KL from {report['against']}     {show(report['kl'], '.5f')} nats/token",
-            f"  top-1 agreement  {show(report['top1'], '.4f')}",
-            f"  perplexity       {show(report['candidate']['perplexity'], '.3f')}",
-            f"  at {report['against']:<13} {show(report['reference']['perplexity'], '.3f')}",
-        ]
-    else:
-        out.append(f"  perplexity  {show(report['perplexity'], '.3f')}  ({show(report['nll'], '.4f')} nats/token)")
-    return "\n".join(out)

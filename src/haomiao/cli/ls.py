@@ -1,7 +1,8 @@
-"""List the models that are prepared in the cache folder (HAOMIAO_CACHE)."""
+"""List the models that are prepared in the cache folder (HAOMIAO_CACHE), last used first."""
 
 from __future__ import annotations
 
+import time
 from argparse import ArgumentParser, Namespace
 
 from haomiao.cli import terminal
@@ -13,18 +14,34 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """List, newest first."""
-    from haomiao.cli.models import listed
+    """List them."""
+    from haomiao.load.cache import list_models
 
-    models = listed()
+    models = list_models()
     if args.json:
-        terminal.write_json({"models": models})
+        listed = [
+            {
+                "name": model.name,
+                "source": model.source,
+                "points": list(model.points),
+                "bytes": model.bytes,
+                "path": str(model.path),
+                "last_used": model.last_used,
+            }
+            for model in models
+        ]
+        terminal.write_json({"models": listed, "bytes": sum(model.bytes for model in models)})
     elif not models:
         terminal.note("no prepared models; `haomiao pull MODEL` prepares one")
     else:
         rows = [
-            (model["name"], model["family"] or "?", " ".join(model["points"]), terminal.human_bytes(model["bytes"]))
+            (
+                model.name,
+                " ".join(model.points) or "unreadable",
+                terminal.human_bytes(model.bytes),
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(model.last_used)),
+            )
             for model in models
         ]
-        print(terminal.table(("model", "family", "points", "size"), rows))
+        print(terminal.table(("model", "points", "size", "last used"), rows))
     return 0

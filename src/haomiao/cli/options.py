@@ -15,6 +15,7 @@ from haomiao.errors import InputError
 
 POINT_NAMES = ("full", "bf16", "int8", "int4")
 KV_NAMES = ("f32", "bf16", "int8")
+EXECUTORS = ("native", "reference")
 TEXT_FILE_LIMIT = 64 << 20  # bytes of a schema, grammar or prompt read from a file or standard input
 
 
@@ -66,6 +67,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "point": ("HAOMIAO_POINT", one_of(POINT_NAMES)),
     "max_context": ("HAOMIAO_MAX_CONTEXT", positive),
     "kv": ("HAOMIAO_KV", one_of(KV_NAMES)),
+    "executor": ("HAOMIAO_EXECUTOR", one_of(EXECUTORS)),
     "revision": ("HAOMIAO_REVISION", str),
 }
 """Destination -> (variable, type). A flag wins over its variable. `--offline` has HAOMIAO_OFFLINE: `config`."""
@@ -92,6 +94,9 @@ def add_runtime(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, help="default: the cores this process may use [HAOMIAO_THREADS]")
     parser.add_argument("--max-context", type=positive, help="tokens of prompt and answer [HAOMIAO_MAX_CONTEXT]")
     parser.add_argument("--kv", type=one_of(KV_NAMES), help=f"how K and V are kept: {', '.join(KV_NAMES)} [HAOMIAO_KV]")
+    parser.add_argument(
+        "--executor", type=one_of(EXECUTORS), help="native, or the slow reference in numpy [HAOMIAO_EXECUTOR]"
+    )
 
 
 def add_sampling(parser: ArgumentParser) -> None:
@@ -131,23 +136,29 @@ def take_environment(args: Namespace) -> None:
                 raise InputError(f"{variable} {error}", param=variable) from error
 
 
-def take_model(args: Namespace, *, needed: bool = True) -> str | None:
-    """The model of `add_model`. Raises `InputError` if it was given twice, or not at all though `needed`."""
+def require_model(args: Namespace) -> str:
+    """The model of `add_model`. Raises `InputError` if it was given twice or not at all."""
+    model = take_model(args)
+    if model is None:
+        raise InputError("no MODEL was given", code="invalid_usage", param="model")
+    return model
+
+
+def take_model(args: Namespace) -> str | None:
+    """The model of `add_model`, None for the embedded one. Raises `InputError` if it was given twice."""
     positional = args.positional_model
     if positional is not None and args.model is not None:
         raise InputError(f"the model was given twice: {positional!r} and --model {args.model!r}", code="invalid_usage")
     if positional is not None:
         args.model = positional
     take_environment(args)
-    if args.model is None and needed:
-        raise InputError("no MODEL was given", code="invalid_usage", param="model")
     model: str | None = args.model
     return model
 
 
 def runtime_options(args: Namespace) -> dict[str, Any]:
     """Keyword arguments of `LLM` that were given."""
-    names = ("point", "threads", "max_context", "kv", "revision", "offline")
+    names = ("point", "threads", "max_context", "kv", "executor", "revision", "offline")
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 

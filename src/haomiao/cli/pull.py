@@ -22,17 +22,16 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Download, convert, say where it is."""
-    model = options.take_model(args)
+    model = options.require_model(args)
 
-    from haomiao.cli.models import describe, prepare
+    from haomiao.cli.models import describe_artifact, origin
+    from haomiao.models.open import open_model
 
     with terminal.ProgressBar(quiet=args.quiet) as bar:
-        path = prepare(model, args, progress=bar)
-    about = describe(path)
+        opened = open_model(model, point=args.point, progress=bar, **origin(args))
+    about = describe_artifact(opened.files_dir)
     if args.json:
         terminal.write_json(about)
     elif not args.quiet:
-        terminal.note(
-            f"{model}: {about['family']}, {terminal.human_bytes(about['bytes'])}, points {' '.join(about['points'])}"
-        )
+        terminal.note(terminal.model_line(about))
     return 0

@@ -16,7 +16,7 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Remove each; a name that is not there is an error, and what came before it stays removed."""
-    from haomiao.cli.models import remove
+    from haomiao.load.cache import remove
 
     freed = 0
     for name in args.names:

@@ -9,6 +9,7 @@ import json
 from argparse import ArgumentParser, Namespace
 
 from haomiao.cli import options, terminal
+from haomiao.errors import InputError
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -21,28 +22,28 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Describe, and verify if asked; a wrong checksum is an `ArtifactError` that names the section."""
-    model = options.take_model(args, needed=False)
+    model = options.take_model(args)
 
-    from haomiao.cli.models import describe, find_artifact, tensors, verify
+    from haomiao.cli.models import describe, find_artifact, sections, verify
 
-    path = find_artifact(model, args)
-    about = describe(path)
-    if args.tensors:
-        about["tensors"] = tensors(path)
-    if args.verify:
-        verify(path)
+    path = find_artifact(model)
+    if path is None and (args.tensors or args.verify):
+        raise InputError(f"{model} is no artifact; --tensors and --verify are for artifacts", param="model")
+    about = describe(model, args)
+    if path is not None and args.tensors:
+        about["tensors"] = sections(path)
+    if path is not None and args.verify:
+        with terminal.ProgressBar(quiet=args.json) as bar:
+            verify(path, bar)
         about["verified"] = True
     if args.json:
         terminal.write_json(about)
         return 0
     for key, value in about.items():
-        if key == "tensors":
-            continue
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        print(f"{key:<14}{terminal.human_bytes(value) if key == 'bytes' else text}")
+        if key != "tensors" and value is not None:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            print(f"{key:<14}{terminal.human_bytes(value) if key == 'bytes' else text}")
     for row in about.get("tensors", ()):
-        print(
-            f"  {row['name']:<40} {row['encoding']:<8} {row['rows']} x {row['cols']}",
-            terminal.human_bytes(row["bytes"]),
-        )
+        shape = f"{row['rows']} x {row['cols']}"
+        print(f"  {row['name']:<32} {row['encoding']:<10} {shape:<16} {terminal.human_bytes(row['bytes'])}")
     return 0

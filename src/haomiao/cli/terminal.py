@@ -70,6 +70,12 @@ def receipt_line(receipt: Mapping[str, Any], finish_reason: str | None = None) -
     return "[" + " · ".join(parts) + "]"
 
 
+def model_line(about: Mapping[str, Any]) -> str:
+    """A prepared model on one line."""
+    points = " ".join(about["points"])
+    return f"{about['path']}: {about['family']}, {human_bytes(about['bytes'])}, points {points}"
+
+
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Columns padded to their widest cell; the first is left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

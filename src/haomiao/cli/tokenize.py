@@ -23,7 +23,7 @@ def run(args: Namespace) -> int:
     """Read, encode, print."""
     from haomiao.cli.models import open_tokenizer
 
-    tokenizer = open_tokenizer(options.take_model(args, needed=False), args)
+    tokenizer = open_tokenizer(options.take_model(args), args)
     ids = [int(token) for token in tokenizer.encode(terminal.read_input("standard input"), special=args.special)]
     if args.json:
         terminal.write_json({"token_ids": ids, "count": len(ids)})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,10 +46,13 @@ def parse_object(
 
 
 def read_object(path: Path, *, error: type[ModelError] = ModelError, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """The JSON object of a file. Reads at most `max_bytes` + 1 bytes of it."""
+    """The JSON object of a file. Takes no more memory than the file has bytes, and reads none above `max_bytes`."""
     try:
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(size) if size <= max_bytes else b""
+        if size > max_bytes:
+            raise error(f"{path}: JSON of {size} bytes, at most {max_bytes} are read")
     except OSError as wrong:
         raise error(f"{path}: cannot be read ({wrong.strerror or wrong})") from None
     return parse_object(data, str(path), error=error, max_bytes=max_bytes)

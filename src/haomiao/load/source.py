@@ -101,6 +101,13 @@ def open_source(
 
 def open_path(path: Path) -> TensorSource:
     """The checkpoint in a file or directory of this machine. Errors as `open_source`."""
+    try:
+        return _open_path(path)
+    except OSError as wrong:  # a directory that may not be listed, a file that vanishes while it is read
+        raise ModelError(f"{path}: {wrong.strerror or wrong}") from None
+
+
+def _open_path(path: Path) -> TensorSource:
     from haomiao.load.checkpoint import PICKLES, Checkpoint
     from haomiao.load.quantized.source import with_quantization
 

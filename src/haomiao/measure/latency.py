@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from haomiao.errors import HaomiaoError, InputError
-from haomiao.metrics.ceilings import Ceilings
 from haomiao.metrics.statistics import Summary, percentile, summarize
 
 
@@ -160,54 +159,6 @@ def run_once(llm: Streamer, prompts: Sequence[Sequence[int]], new_tokens: int) -
         if len(stream_moments) != new_tokens:
             raise InputError(f"a stream ended after {len(stream_moments)} of {new_tokens} tokens")
     return Run(moments)
-
-
-def bench_report(
-    result: LatencyResult,
-    *,
-    model: str,
-    point: str,
-    threads: int,
-    bytes_per_step: float | None,
-    operations_per_token: float | None,
-    ceilings: Ceilings | None,
-) -> dict[str, Any]:
-    """The object that `haomiao bench --json` prints. What could not be measured is null, never a guess.
-
-    `bytes_per_step` is what one decode step reads (weights at the point, and K/V of all streams at the middle of the
-    answer). All streams share one reading of the weights, so `bytes_per_token` is that divided by the streams, and
-    `read_gb_s = bytes_per_token * decode_tok_s`. `share_of_peak` compares prefill's int8 operations with the peak.
-    """
-    work = result.workload
-    decode = result.decode_tok_s.median if result.decode_tok_s else None
-    per_token = bytes_per_step / work.streams if bytes_per_step is not None else None
-    read = per_token * decode / 1e9 if per_token is not None and decode is not None else None
-    gops = operations_per_token * result.prefill_tok_s.median / 1e9 if operations_per_token is not None else None
-    return {
-        "model": model,
-        "point": point,
-        "threads": threads,
-        "streams": work.streams,
-        "prompt_tokens": work.prompt_tokens,
-        "new_tokens": work.new_tokens,
-        "repeat": work.repeat,
-        "prefill_tok_s": result.prefill_tok_s.median,
-        "decode_tok_s": decode,
-        "itl_ms": {"p50": result.itl_p50_ms, "p99": result.itl_p99_ms},
-        "ttft_ms": result.ttft_ms.median,
-        "bytes_per_token": per_token,
-        "read_gb_s": read,
-        "read_ceiling_gb_s": ceilings.read_gb_s if ceilings else None,
-        "share_of_bandwidth": read / ceilings.read_gb_s if read is not None and ceilings else None,
-        "prefill_gops": gops,
-        "int8_peak_gops": ceilings.int8_gops if ceilings else None,
-        "share_of_peak": gops / ceilings.int8_gops if gops is not None and ceilings else None,
-        "spread": {
-            "prefill_tok_s": result.prefill_tok_s.as_dict(),
-            "decode_tok_s": result.decode_tok_s.as_dict() if result.decode_tok_s else None,
-            "ttft_ms": result.ttft_ms.as_dict(),
-        },
-    }
 
 
 def _prompts(rng: np.random.Generator, vocab_size: int, workload: Workload) -> list[list[int]]:

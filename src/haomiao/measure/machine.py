@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from haomiao.config import threads_from_environment
+
 CPU_FEATURES = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_vbmi2"),
     *("amx_tile", "amx_int8", "amx_bf16", "avx_vnni", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"),
@@ -41,11 +43,6 @@ class Machine:
     huge_pages: str | None
     """Transparent huge pages: always, madvise or never."""
 
-    @property
-    def threads(self) -> int:
-        """Threads to run by default: the allowed cores, or fewer if the quota is less."""
-        return max(1, min(self.allowed, int(self.quota) if self.quota is not None else self.allowed))
-
     def as_dict(self) -> dict[str, Any]:
         """A JSON-ready copy."""
         return asdict(self)
@@ -70,8 +67,11 @@ def describe_machine(root: Path = Path("/")) -> Machine:
 
 
 def default_threads() -> int:
-    """Threads that `LLM` takes when it is not told: the cores this process may use, no more than its quota."""
-    return max(1, min(_allowed(), int(_cpu_quota(Path("/")) or _allowed())))
+    """Threads that `LLM` takes when it is not told: `HAOMIAO_THREADS`, or one per physical core that affinity and quota
+    permit."""
+    from haomiao import _core
+
+    return threads_from_environment() or _core.default_threads()
 
 
 def _allowed() -> int:

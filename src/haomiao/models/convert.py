@@ -5,6 +5,8 @@ Knows plans, sources and artifacts; not families, nor files' formats. How a weig
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,8 @@ def convert(
             "default_point": points[0],
             "provenance": {
                 "source": source.name,
-                "identity": source.identity,
+                # a digest: the identity itself holds paths of the machine that converted
+                "identity": hashlib.sha256(source.identity.encode()).hexdigest()[:32],
                 "haomiao": __version__,
                 "exact": encoder.exact,
                 "rounded": encoder.rounded,
@@ -137,10 +140,13 @@ def carry_files(source: TensorSource, writer: ArtifactWriter) -> None:
 
 
 def _rebuilt_tokenizer(source: TensorSource) -> dict[str, bytes]:
+    """tokenizer.json and its companions from a GGUF file, a tokenizer.model, or vocab.json and merges.txt."""
     for name in ("tokenizer.gguf", "tokenizer.model", "vocab.json"):
         path = source.files.get(name)
         if isinstance(path, Path):
             from haomiao.text.tokenizer import Tokenizer
 
-            return Tokenizer(path.parent if name == "vocab.json" else path).to_files()
+            with tempfile.TemporaryDirectory(prefix="haomiao-") as directory:
+                Tokenizer(path.parent if name == "vocab.json" else path).save(directory)
+                return {file.name: file.read_bytes() for file in sorted(Path(directory).iterdir())}
     return {}

@@ -16,7 +16,7 @@ from haomiao.models.convert import convert
 from haomiao.models.encode import Scheme
 from haomiao.models.plan import Plan
 from haomiao.models.registry import plan_for, position_limit
-from haomiao.models.weights import check_weights
+from haomiao.models.weights import check_encodings, check_weights
 from haomiao.types import POINTS
 
 EMBEDDED = "haomiao-4m"
@@ -112,7 +112,7 @@ def opened(path: Path, name: str, point: str | None, max_context: int | None, hu
     artifact = Artifact.open(path, hugepages=hugepages)
     meta = artifact.meta
     offered = meta.get("points")
-    if not isinstance(offered, list) or not offered or any(p not in POINTS for p in offered):
+    if not isinstance(offered, list) or not offered or not all(isinstance(p, str) and p in POINTS for p in offered):
         raise ModelError(f"{path}: the artifact names no operating point that is known")
     config = meta.get("config")
     if not isinstance(config, dict):
@@ -123,7 +123,8 @@ def opened(path: Path, name: str, point: str | None, max_context: int | None, hu
             f"{name} offers {', '.join(offered)}, not {chosen}; convert the original checkpoint for it", param="point"
         )
     plan = plan_for(config, max_context)
-    check_weights(plan, artifact.tensors, artifact.vectors)
     family = POINTS[chosen].family
     points = tuple(p for p in offered if POINTS[p].family == family)
+    check_weights(plan, artifact.tensors, artifact.vectors)
+    check_encodings(plan, artifact.tensors, points)
     return OpenedModel(name, artifact, plan, points, chosen, position_limit(config), path)

@@ -108,7 +108,10 @@ def _half(blocks: U8, offset: int) -> F32:
 
 def _nibbles(packed: U8) -> U8:
     """[blocks, n] bytes -> [blocks, 2n]: the n low nibbles, then the n high ones."""
-    return np.concatenate([packed & 15, packed >> 4], axis=1)
+    out = np.empty((len(packed), 2, packed.shape[1]), dtype=np.uint8)
+    np.bitwise_and(packed, 15, out=out[:, 0])
+    np.right_shift(packed, 4, out=out[:, 1])
+    return out.reshape(len(packed), -1)
 
 
 def _crumbs(packed: U8, shifts: tuple[int, ...], mask: int) -> U8:

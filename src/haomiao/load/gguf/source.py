@@ -163,7 +163,8 @@ class GgufSource:
 
     def _text_files(self) -> dict[str, Path | bytes]:
         file = self._open()
-        files: dict[str, Path | bytes] = {"tokenizer.gguf": file.path}
+        # a file may hold weights alone
+        files: dict[str, Path | bytes] = {"tokenizer.gguf": file.path} if "tokenizer.ggml.model" in file else {}
         template = file.metadata.get("tokenizer.chat_template")
         if isinstance(template, str):
             files["chat_template.jinja"] = template.encode("utf-8", "replace")

@@ -128,7 +128,7 @@ class CompressedTensors:
 
     def _zeros(self, prefix: str, rows: int, groups: int) -> Array:
         name = prefix + ".weight_zero_point"
-        stored = self._checkpoint.raw(name)
+        stored: Array = self._checkpoint.raw(name)
         if stored.size == 1:
             stored = np.broadcast_to(stored.reshape(1, 1), (rows, groups))
         if stored.dtype == np.int8 and stored.reshape(len(stored), -1).shape == (rows, groups):

@@ -1,0 +1,324 @@
+"""`LLM`: a model that answers. Opens the model, sizes its KV, loads the tokenizer beside it, and drives the engine.
+
+Threads may share an `LLM`: requests that are waited for at the same time share steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Literal
+
+from haomiao.api.answers import AnswerStream, Choice, Completion, completions_of
+from haomiao.api.requests import ChatPrompts, RequestMaker, token_ids
+from haomiao.engine.driver import Driver
+from haomiao.engine.request import DoneEvent, EngineRequest, Event
+from haomiao.errors import EngineError, HaomiaoError, InputError, ModelNotFoundError, UnavailableError
+from haomiao.types import F32, POINTS, Executor, KvType
+
+if TYPE_CHECKING:
+    from haomiao.api.session import Session
+    from haomiao.models.open import OpenedModel
+    from haomiao.text.tokenizer import Tokenizer
+
+Progress = Callable[[str, int, int], None]
+MAX_STEP_TOKENS = 512
+
+
+class LLM:
+    """A model, ready to answer. A context manager; `close` gives threads and memory back."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        point: str | None = None,
+        threads: int | None = None,
+        max_context: int | None = None,
+        kv: KvType | None = None,
+        executor: Literal["native", "reference"] = "native",
+        isa: str | None = None,
+        group: int = 32,
+        revision: str | None = None,
+        offline: bool | None = None,
+        hugepages: bool = False,
+        prefix_cache: bool = True,
+        kv_memory: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Open a model: an artifact, a directory, a GGUF file, a Hugging Face id, or None for the embedded one.
+
+        `point` is the default operating point, and decides what a checkpoint is converted to. `kv` is how K and V are
+        kept, `kv_memory` the bytes they may take (default: a quarter of the available memory, at most 2 GiB),
+        `max_context` the tokens of a prompt and its answer (default: the model's own, as far as it fits). `progress` is
+        called with (what, done, total). Raises `ModelError`, `ModelNotFoundError`, `InputError`, `UnavailableError`.
+        """
+        from haomiao.engine.cost import CostModel
+        from haomiao.engine.engine import Engine
+        from haomiao.engine.sizing import size_pool
+        from haomiao.models.open import open_model
+
+        if kv is not None and kv not in ("f32", "bf16", "int8"):
+            raise InputError(f"kv must be f32, bf16 or int8, not {kv!r:.40}", param="kv")
+        opened = open_model(
+            model if model is None else os.fspath(model),
+            point=point,
+            group=group,
+            max_context=max_context,
+            revision=revision,
+            offline=offline,
+            hugepages=hugepages,
+            progress=progress,
+        )
+        with ThreadPoolExecutor(1, thread_name_prefix="haomiao-tokenizer") as beside:
+            loading = beside.submit(_load_tokenizer, opened)
+            self.kv: KvType = kv or POINTS[opened.default_point].default_kv
+            size = size_pool(opened.plan, self.kv, max_context=max_context, kv_memory=kv_memory)
+            if size.max_context < opened.plan.max_context:
+                opened = opened.with_context(size.max_context)
+            runner = _make_executor(executor, opened, self.kv, size.blocks, threads, isa)
+            try:
+                self.tokenizer: Tokenizer | None = loading.result()
+            except BaseException:
+                runner.close()
+                raise
+        self.name = opened.name
+        self.plan = opened.plan
+        self.weights = opened.artifact.tensors
+        self.points = tuple(opened.points)
+        self.point = opened.default_point
+        self.max_context = size.max_context
+        self.vocab_size = runner.vocab_size
+        self.threads = int(getattr(runner, "threads", 1))
+        self.isa = str(getattr(runner, "isa", ""))
+        self.eos_ids = _end_ids(self.tokenizer, opened)
+        self._opened = opened
+        self._requests = RequestMaker(self.tokenizer, self.vocab_size, self.max_context)
+        self._chat_prompts = ChatPrompts(self._requests)
+        engine = Engine(
+            runner,
+            eos_ids=self.eos_ids,
+            max_context=self.max_context,
+            prefix_cache=prefix_cache,
+            model_key=opened.name,
+            name=opened.name,
+            point=self.point,
+            cost=CostModel(),
+            errors=_measured_errors(opened),
+        )
+        self._driver = Driver(engine)
+
+    # ---- answers --------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: str | Sequence[int] | Sequence[str], **options: Any) -> Any:
+        """Answer a prompt (text or token ids), or several at once.
+
+        Options: the fields of `SamplingParams` one by one, or `sampling=SamplingParams(...)`; one of `json_schema`,
+        `regex`, `grammar`, `choice`, `json_object`; `point`; `budget_ms` (whole answer) and `ttft_ms` (first token);
+        `prompt_logprobs`. Without `max_tokens`, 256 or what the context leaves.
+
+        Returns a `Completion`; a list of them for `n` > 1; for a list of texts, a list with one such result each.
+        """
+        if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], str):
+            return self._generate_all([self._requests.prompt_ids(each) for each in prompt], options)
+        (answer,) = self._generate_all([self._requests.prompt_ids(prompt)], options)  # type: ignore[arg-type]
+        return answer
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> AnswerStream:
+        """As `generate` for one prompt, yielding `Chunk`s as they are produced. Closing the stream ends the request."""
+        return self._stream(self._requests.generation(self._requests.prompt_ids(prompt), options))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Answer a conversation: `messages` are {"role", "content"} in OpenAI's form. Options as in `generate`;
+        `chat_template_kwargs` are variables of the checkpoint's template, such as enable_thinking.
+
+        Returns a `Completion` (a list for `n` > 1), or an `AnswerStream` if `stream`.
+        """
+        prompt = self._chat_prompts.ids(messages, tools, chat_template_kwargs)
+        return self.stream(prompt, **options) if stream else self.generate(prompt, **options)
+
+    def choose(
+        self, prompt: str | Sequence[int], options: Sequence[str], *, normalize: bool = False, point: str | None = None
+    ) -> Choice:
+        """The option that the model finds likeliest after `prompt`: by the summed log-probability of its tokens and of
+        its end. `normalize` divides by their number. The prompt is computed once, the options together."""
+        prompt_ids, option_ids = self._requests.options_of(prompt, options)
+        return self._choose(prompt_ids, option_ids, options, normalize=normalize, point=point)
+
+    def logits(self, ids: Sequence[int], *, point: str | None = None) -> F32:
+        """Logits float32 [tokens, vocab] of a sequence: row `i` predicts token `i + 1`. Needs no tokenizer."""
+        done = self._done(EngineRequest(token_ids("token_ids", ids), work="logits", point=point))
+        if done.logits is None:
+            raise EngineError("the engine returned no logits")
+        return done.logits
+
+    # ---- text -----------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text`; with `special`, special tokens in it are recognised and the model's BOS is added."""
+        return self._requests.need_tokenizer().encode(text, special)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of token ids, control tokens left out."""
+        return self._requests.need_tokenizer().decode(token_ids("ids", ids))
+
+    def session(self) -> Session:
+        """Text that is computed as it arrives."""
+        from haomiao.api.session import Session
+
+        return Session(self)
+
+    # ---- life -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give threads and memory back; idempotent."""
+        driver: Driver | None = getattr(self, "_driver", None)
+        if driver is not None:
+            driver.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- for Session ----------------------------------------------------------------------------------------------
+
+    def _generate_all(self, prompts: Sequence[list[int]], options: Mapping[str, Any]) -> list[Any]:
+        return self._run([self._requests.generation(prompt, options) for prompt in prompts])
+
+    def _run(self, requests: Sequence[EngineRequest]) -> list[Any]:
+        """Answer requests together: a `Completion` each, a list of them where n > 1. All end if one fails."""
+        tickets = []
+        try:
+            for request in requests:
+                tickets.append(self._driver.submit(request))
+            answers: list[Any] = []
+            for ticket, request in zip(tickets, requests, strict=True):
+                samples = request.sampling.n
+                found = completions_of(list(_events(ticket.wait)), samples)
+                answers.append(found if samples > 1 else found[0])
+            return answers
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+
+    def _stream(self, request: EngineRequest) -> AnswerStream:
+        return AnswerStream(self._driver.submit(request))
+
+    def _done(self, request: EngineRequest) -> DoneEvent:
+        """Run a request that has one end and no tokens. Raises its error."""
+        ticket = self._driver.submit(request)
+        try:
+            for event in _events(ticket.wait):
+                if isinstance(event, DoneEvent):
+                    if event.error is not None:
+                        raise event.error
+                    return event
+        finally:
+            ticket.cancel()
+        raise EngineError("the request ended without a word")
+
+    def _choose(
+        self,
+        prompt_ids: list[int],
+        option_ids: Sequence[tuple[int, ...]],
+        options: Sequence[str],
+        *,
+        normalize: bool,
+        point: str | None,
+        session: int | None = None,
+    ) -> Choice:
+        done = self._done(
+            EngineRequest(
+                prompt_ids,
+                work="choose",
+                options=tuple(option_ids),
+                normalize=normalize,
+                point=point,
+                session=session,
+            )
+        )
+        scores = done.scores or []
+        best = max(range(len(scores)), key=scores.__getitem__)
+        return Choice(best, options[best], scores, done.receipt)
+
+
+def _events(wait: Callable[[], list[Event]]) -> Iterator[Event]:
+    """All events of a ticket."""
+    while events := wait():
+        yield from events
+
+
+def _make_executor(
+    kind: str, opened: OpenedModel, kv: KvType, blocks: int, threads: int | None, isa: str | None
+) -> Executor:
+    """The executor of that name. Raises `UnavailableError` if the compiled core was not built."""
+    from haomiao.config import threads_from_environment
+
+    artifact = opened.artifact
+    common: dict[str, Any] = {
+        "points": opened.points,
+        "kv_type": kv,
+        "kv_blocks": blocks,
+        "max_step_tokens": min(MAX_STEP_TOKENS, opened.plan.max_context),
+    }
+    if kind == "reference":
+        from haomiao.engine.executors.reference import ReferenceExecutor
+
+        return ReferenceExecutor(opened.plan, artifact.tensors, artifact.vectors, **common)
+    if kind != "native":
+        raise InputError(f"executor must be native or reference, not {kind!r:.40}", param="executor")
+    if threads is None:
+        threads = threads_from_environment()
+    elif type(threads) is not int or threads < 1:
+        raise InputError(f"threads must be a positive number, not {threads!r:.40}", param="threads")
+    try:
+        from haomiao.engine.executors.native import NativeExecutor
+    except ImportError as error:
+        raise UnavailableError(f"the compiled core cannot be loaded: {error}") from error
+    return NativeExecutor(opened.plan, artifact.tensors, artifact.vectors, **common, threads=threads, isa=isa)
+
+
+def _load_tokenizer(opened: OpenedModel) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None if it has none."""
+    from haomiao.text.tokenizer import Tokenizer
+
+    try:
+        return Tokenizer(opened.files_dir)
+    except ModelNotFoundError:
+        return None
+
+
+def _end_ids(tokenizer: Tokenizer | None, opened: OpenedModel) -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's, else the config's."""
+    found: Any = () if tokenizer is None else tokenizer.eos_ids
+    if not found:
+        named = opened.artifact.meta.get("config", {}).get("eos_token_id")
+        found = named if isinstance(named, list) else [named]
+    return tuple(each for each in found if type(each) is int and 0 <= each < opened.plan.vocab_size)
+
+
+def _measured_errors(opened: OpenedModel) -> dict[str, float]:
+    """Mean KL to `full` by point, for those points where the artifact has it."""
+    found = opened.artifact.meta.get("errors")
+    errors: dict[str, float] = {}
+    for point, measured in found.items() if isinstance(found, dict) else ():
+        value = measured.get("kl") if isinstance(measured, dict) else None
+        if isinstance(value, dict):
+            value = value.get("estimate")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            errors[point] = float(value)
+    return errors
+
+
+__all__ = ["LLM", "Completion", "HaomiaoError"]

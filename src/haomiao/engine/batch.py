@@ -1,0 +1,99 @@
+"""Between live sequences and the two that never see them: views for the scheduler, batches for the executor.
+
+Knows tokens and KV; nothing about why sequences are chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from haomiao.engine.cost import StepShape
+from haomiao.engine.scheduler import SequenceView
+from haomiao.engine.sequence import Sequence
+from haomiao.engine.state import BlockPool
+from haomiao.types import KV_BLOCK_TOKENS, StepBatch
+
+
+@dataclass(slots=True)
+class Share:
+    """A sequence's part of a step: `tokens` computed, logits of the last `rows` of them wanted."""
+
+    sequence: Sequence
+    tokens: int
+    rows: int
+
+
+def reusable(sequence: Sequence) -> int:
+    """How many of its first tokens need not be computed: never the last, nor one whose logits are wanted."""
+    wanted = sequence.target - 1
+    return wanted if sequence.rows_from is None else min(wanted, sequence.rows_from)
+
+
+def rows_wanted(sequence: Sequence, tokens: int) -> int:
+    """Rows of logits wanted if the next `tokens` tokens are computed."""
+    end = sequence.length + tokens
+    if sequence.rows_from is None:
+        return 1 if end >= sequence.target else 0
+    return max(0, end - max(sequence.length, sequence.rows_from))
+
+
+def view_of(sequence: Sequence, pool: BlockPool, found: list[int]) -> SequenceView:
+    """What the scheduler sees. `found` are blocks of the prefix cache that a sequence without KV would start from."""
+    request, state = sequence.job.request, sequence.state
+    length = len(found) * KV_BLOCK_TOKENS if state is None else state.length
+    pending = sequence.target - length
+    deadlines = [request.deadline_ns, None if sequence.produced else request.ttft_deadline_ns]
+    return SequenceView(
+        key=sequence.key,
+        point=sequence.job.point,
+        pending=pending,
+        decoding=sequence.produced > 0 and pending <= KV_BLOCK_TOKENS,
+        arrival_ns=sequence.job.arrival_ns,
+        deadline_ns=min((deadline for deadline in deadlines if deadline is not None), default=None),
+        itl_ns=request.itl_ns,
+        last_served_ns=sequence.last_served_ns,
+        length=length,
+        running=state is not None,
+        blocks_alone=0 if state is None else state.blocks_alone,
+        claim=sum(1 for block in found if not pool.holders(block)),
+        tail_shared=state is not None and state.tail_shared,
+        rows_from=sequence.rows_from,
+    )
+
+
+def make_batch(point: str, shares: list[Share]) -> StepBatch:
+    """The step's tokens, one sequence after the other. Room for them was made already."""
+    token_ids: list[int] = []
+    starts = [0]
+    past: list[int] = []
+    rows: list[int] = []
+    tables = np.full((len(shares), max(len(share.sequence.kv.blocks) for share in shares)), -1, dtype=np.int32)
+    for index, share in enumerate(shares):
+        state = share.sequence.kv
+        before = state.length - share.tokens
+        token_ids += share.sequence.tokens[before : state.length]
+        rows += range(len(token_ids) - share.rows, len(token_ids))
+        starts.append(len(token_ids))
+        past.append(before)
+        tables[index, : len(state.blocks)] = state.snapshot()
+    return StepBatch(
+        np.array(token_ids, dtype=np.int32),
+        np.array(starts, dtype=np.int32),
+        np.array(past, dtype=np.int32),
+        tables,
+        np.array(rows, dtype=np.int32),
+        point,
+    )
+
+
+def shape_of(point: str, shares: list[Share]) -> StepShape:
+    """What the step's time depends on."""
+    decode = sum(share.tokens for share in shares if share.sequence.produced)
+    total = sum(share.tokens for share in shares)
+    context = sum(
+        share.tokens * (share.sequence.length - share.tokens) + share.tokens * (share.tokens + 1) // 2
+        for share in shares
+    )
+    return StepShape(point, decode, total - decode, context, sum(share.rows for share in shares))

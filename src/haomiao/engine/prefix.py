@@ -1,0 +1,71 @@
+"""Prefix reuse: full blocks of a sequence, named by a hash of everything that their contents depend on.
+
+The name of block `i` is BLAKE2b-256 over the name of block `i - 1` and the block's token ids; the chain begins with the
+model, the operating point, the KV type and the caller's salt. A collision would hand one user's past to another, so the
+hash is a cryptographic one. K and V depend on the point at which they were computed, so the point itself is hashed,
+not its family, and a block is published only while its whole past was computed at that one point.
+Knows block pools and token ids; nothing about requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from haomiao.engine.state import BlockPool, PagedState
+from haomiao.types import KV_BLOCK_TOKENS
+
+
+class PrefixChain:
+    """The names of a token sequence's full blocks, computed once and extended as the sequence grows."""
+
+    __slots__ = ("_names", "_published", "_root")
+
+    def __init__(self, *, model_key: str, point: str, kv_type: str, salt: bytes = b"") -> None:
+        digest = hashlib.blake2b(digest_size=32, person=b"haomiao-prefix-1")
+        for part in (model_key.encode(), point.encode(), kv_type.encode(), salt):
+            digest.update(len(part).to_bytes(8, "little"))  # so that no two lists of parts run together
+            digest.update(part)
+        self._root = digest.digest()
+        self._names: list[bytes] = []
+        self._published = 0
+
+    def names(self, tokens: Sequence[int], blocks: int) -> list[bytes]:
+        """Names of the first `blocks` full blocks of `tokens`. Tokens already named must not have changed."""
+        while len(self._names) < blocks:
+            start = len(self._names) * KV_BLOCK_TOKENS
+            digest = hashlib.blake2b(self._names[-1] if self._names else self._root, digest_size=32)
+            digest.update(np.array(tokens[start : start + KV_BLOCK_TOKENS], dtype="<i4").tobytes())
+            self._names.append(digest.digest())
+        return self._names[:blocks]
+
+    def lookup(self, pool: BlockPool, tokens: Sequence[int], limit: int) -> list[int]:
+        """Blocks in the pool that hold a prefix of `tokens`, at most `limit` tokens of it. Nothing is held yet."""
+        found: list[int] = []
+        for name in self.names(tokens, max(0, min(limit, len(tokens)) // KV_BLOCK_TOKENS)):
+            block = pool.find(name)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def publish(self, pool: BlockPool, tokens: Sequence[int], state: PagedState) -> None:
+        """Name the full blocks of `state`, which must be computed and hold the K and V of `tokens`."""
+        full = state.length // KV_BLOCK_TOKENS
+        if full > self._published:
+            names = self.names(tokens, full)
+            for index in range(self._published, full):
+                pool.publish(state.blocks[index], names[index])
+        self._published = full
+
+    def fork(self) -> PrefixChain:
+        """A copy for a sequence that shares the present past."""
+        twin = object.__new__(PrefixChain)
+        twin._root, twin._names, twin._published = self._root, list(self._names), self._published
+        return twin
+
+    def restart(self) -> None:
+        """The sequence lost its state and computes it anew: everything may be published again."""
+        self._published = 0

@@ -1,0 +1,41 @@
+"""Counter-based random numbers: uniform = f(seed, position, sample), with no state to carry or to share.
+
+Philox-4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011): the seed is
+the key, the position and the sample index are the counter. A token's random number therefore depends on nothing but
+these three, whatever else is in the batch and however often the sequence was preempted. Knows nothing about sampling.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)  # the key is bumped by these each round
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+
+
+def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Four 32-bit words out of a 128-bit counter and a 64-bit key (ten rounds; words are given least first)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        first, second = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = (second >> 32) ^ c1 ^ k0, second & _MASK, (first >> 32) ^ c3 ^ k1, first & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniform(seed: int, position: int, sample: int = 0) -> float:
+    """A float in [0, 1) with 53 random bits, for the token at absolute `position` of sample number `sample`.
+
+    Of `seed` and `position` the low 64 bits count, of `sample` the low 32.
+    """
+    key = (seed & _MASK, (seed >> 32) & _MASK)
+    x0, x1, _, _ = philox4x32((position & _MASK, (position >> 32) & _MASK, sample & _MASK, 0), key)
+    return ((x0 >> 5) * 67108864 + (x1 >> 6)) / 9007199254740992.0
+
+
+def fresh_seed() -> int:
+    """A seed nobody can guess, in [0, 2^53) so that it survives a JSON reader that only knows doubles."""
+    return secrets.randbits(53)
