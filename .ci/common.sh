@@ -26,13 +26,15 @@ fresh_venv() {
 
 # native_tests NAME [cmake flags]: build the native tests in a folder of their own and run every one
 run_under=() # a command that the tests are run by
+ctest_flags=()
 native_tests() {
   local name=$1
   shift
   cmake -S "$root" -B "$work/$name" -G Ninja -DHAOMIAO_BINDINGS=OFF -DHAOMIAO_NATIVE_TESTS=ON "$@" >"$work/$name.log" ||
     { cat "$work/$name.log"; return 1; }
   cmake --build "$work/$name" >"$work/$name.log" 2>&1 || { cat "$work/$name.log"; return 1; }
-  ${run_under[@]+"${run_under[@]}"} ctest --test-dir "$work/$name" --output-on-failure --no-tests=error
+  ${run_under[@]+"${run_under[@]}"} ctest --test-dir "$work/$name" --output-on-failure --no-tests=error \
+    ${ctest_flags[@]+"${ctest_flags[@]}"}
 }
 
 # fuzz SECONDS: every libFuzzer target for that long

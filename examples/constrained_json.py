@@ -20,8 +20,11 @@ SCHEMA = {
 }
 
 llm = haomiao.LLM(sys.argv[1] if len(sys.argv) > 1 else None)
-answer = llm.generate("Dim the kitchen lamp to thirty percent.\nAs JSON: ", json_schema=SCHEMA, max_tokens=64)
+answer = llm.generate("Dim the kitchen lamp to thirty percent.\nAs JSON: ", json_schema=SCHEMA, max_tokens=200)
 print(answer.text)
-command = json.loads(answer.text)
-print(f"{command['room']}: {'on' if command['on'] else 'off'}, {command['brightness']} %")
+if answer.finish_reason == "length":  # valid so far, but `max_tokens` came before its end
+    print("not complete: raise max_tokens")
+else:
+    command = json.loads(answer.text)
+    print(f"{command['room']}: {'on' if command['on'] else 'off'}, {command['brightness']} %")
 llm.close()
