@@ -43,7 +43,9 @@ inline Lanes load(const uint16_t* p) {  // bf16
 inline Lanes load(const int8_t* p) {
   return map_lanes([&](int i) { return static_cast<float>(p[i]); });
 }
-inline void store(float* p, const Lanes& a) { memcpy(p, a.v, sizeof(a.v)); }
+inline void store(float* p, const Lanes& a) {
+  for (int i = 0; i < 16; ++i) p[i] = a.v[i];
+}
 inline void store_some(float* p, const Lanes& a, int n) {
   for (int i = 0; i < n; ++i) p[i] = a.v[i];
 }
