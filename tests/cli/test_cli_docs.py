@@ -70,6 +70,6 @@ def test_the_first_screen_of_the_readme_has_exactly_two_set_up_commands() -> Non
     first_screen = "\n".join(text.splitlines()[:20])
     assert re.findall(r"^pip .*$", text, re.MULTILINE) == re.findall(r"^pip .*$", first_screen, re.MULTILINE)
     assert re.findall(r"^pip .*$", text, re.MULTILINE) == [
-        'pip install . && haomiao generate "Once upon a time"',
+        'pip install . && haomiao generate "Once upon a time" --temperature 0.7 --seed 1',
         "pip install '.[test]' && pytest",
     ]
