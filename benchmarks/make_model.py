@@ -1,8 +1,8 @@
 """Write random checkpoints with the shapes of real models: for speed only, their text is noise.
 
-    python benchmarks/make_model.py qwen2.5-0.5b --out /tmp/qwen              # Hugging Face directory, bf16
-    python benchmarks/make_model.py qwen2.5-0.5b --out /tmp/qwen --gguf Q4_0  # and model-Q4_0.gguf beside it
-    python benchmarks/make_model.py --layers 2 llama-3.2-1b --out /tmp/small  # fewer layers
+    python benchmarks/make_model.py qwen2.5-0.5b --out qwen              # Hugging Face directory, bf16
+    python benchmarks/make_model.py qwen2.5-0.5b --out qwen --gguf Q4_0  # and model-Q4_0.gguf beside it
+    python benchmarks/make_model.py --layers 2 llama-3.2-1b --out small  # fewer layers
 
 Weights are normal with standard deviation 0.02, norms are 1, from a fixed seed: the same command writes the same bytes.
 Tensors are made and written one after the other, so that memory holds one tensor at a time. GGUF quantizing uses the

@@ -1,7 +1,7 @@
 """Haomiao beside llama.cpp: the same GGUF file, prompt length, answer length and threads, run in turns.
 
-    python benchmarks/make_model.py qwen2.5-0.5b --out /tmp/qwen --no-safetensors --gguf Q4_0 --gguf Q8_0
-    python benchmarks/peers.py /tmp/qwen/model-Q4_0.gguf --peer-python PYTHON --name qwen2.5-0.5b-q4_0
+    python benchmarks/make_model.py qwen2.5-0.5b --out qwen --no-safetensors --gguf Q4_0 --gguf Q8_0
+    python benchmarks/peers.py qwen/model-Q4_0.gguf --peer-python PYTHON --name qwen2.5-0.5b-q4_0
 
 PYTHON is an interpreter that has llama-cpp-python (its own environment is best); by default this one. Each engine is a
 process of its own that loads the model once; runs alternate, so that a machine that slows down slows both. The peer is
