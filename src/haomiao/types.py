@@ -16,6 +16,7 @@ import numpy.typing as npt
 F32: TypeAlias = npt.NDArray[np.float32]
 I32: TypeAlias = npt.NDArray[np.int32]
 U8: TypeAlias = npt.NDArray[np.uint8]
+B8: TypeAlias = npt.NDArray[np.bool_]
 U32: TypeAlias = npt.NDArray[np.uint32]
 
 KV_BLOCK_TOKENS = 32
@@ -69,6 +70,9 @@ class StepBatch:
     block_tables: I32  # [sequences, max_blocks] KV block ids; unused entries are -1
     logit_rows: I32  # [rows] indexes into token_ids whose logits are wanted, ascending
     point: str
+    greedy: B8 | None = None
+    """[rows] True where only the argmax is wanted, so that the executor may screen the head; that row's logits are then
+    unspecified. None: every row is wanted whole."""
 
     @property
     def tokens(self) -> int:
@@ -256,6 +260,13 @@ class Receipt:
     schedule: list[ScheduleEntry] = field(default_factory=list)
     estimated_error: float | None = None
     """Mean KL to `full`, nats per token, at the points run, as measured for the artifact; None if never measured."""
+    step_kl: float | None = None
+    """Mean KL of the steps that the monitor ran again at the most accurate point, over the same K/V, nats per token."""
+    replay_kl: float | None = None
+    """Mean KL of this answer when it was run again from its prompt at the most accurate point, nats per token."""
+    drafted_tokens: int = 0
+    """Tokens that speculation proposed, and below those of them that stood."""
+    accepted_tokens: int = 0
     outcome: Outcome | None = None
     """None when no budget was given."""
     seed: int | None = None

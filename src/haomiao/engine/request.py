@@ -18,6 +18,7 @@ FinishDetail: TypeAlias = Literal[
     "eos", "stop_token", "stop_string", "max_tokens", "constraint_complete", "budget_exhausted", "done"
 ]
 """Why exactly an answer ended; `done` is that of work that generates nothing."""
+OnBudget: TypeAlias = Literal["degrade", "truncate", "refuse"]
 
 FINISH_REASONS: dict[FinishDetail, FinishReason] = {
     "eos": "stop",
@@ -56,6 +57,13 @@ class EngineRequest:
     ttft_deadline_ns: int | None = None
     itl_ns: int | None = None
     """Inter-token budget: it bounds the prefill chunks of others."""
+    on_budget: OnBudget = "degrade"
+    """What may be given up to keep the budget: `degrade` the point, then tokens; `truncate` tokens only; `refuse`
+    neither, so that a request which cannot be kept whole is turned away."""
+    min_point: str | None = None
+    """The least accurate point that this request may run at; None leaves it to the engine."""
+    max_kl: float | None = None
+    """Greatest mean KL to `full`, nats per token, of a point that this request may run at."""
     salt: bytes = b""
     """Prefixes are shared only between requests with the same salt."""
     session: int | None = None
