@@ -135,8 +135,22 @@ def carry_files(source: TensorSource, writer: ArtifactWriter) -> None:
     }
     if "tokenizer.json" not in files:
         files.update(_rebuilt_tokenizer(source))
+    table = _token_table(files.get("tokenizer.json"), files.get("tokenizer_config.json"))
+    if table is not None:
+        files["tokenizer.table"] = table
     for name, content in files.items():
         writer.add_file(name, content)
+
+
+def _token_table(tokenizer: Path | bytes | None, config: Path | bytes | None) -> bytes | None:
+    """The vocabulary ready to be mapped, where its kind has one (`text.table`)."""
+    if tokenizer is None:
+        return None
+    from haomiao.text.files import read_bytes
+    from haomiao.text.table import make_table
+
+    source, declared = (read_bytes(file) if isinstance(file, Path) else file or b"" for file in (tokenizer, config))
+    return make_table(source, declared)
 
 
 def _rebuilt_tokenizer(source: TensorSource) -> dict[str, bytes]:
