@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from haomiao.errors import ModelError, UnsupportedModelError
-from haomiao.text import library
 from haomiao.text.decoding import greatest_id
 from haomiao.text.files import parse_object, read_bytes, read_object
 from haomiao.text.parts import MAX_TOKEN_ID, Parts, guarded
-from haomiao.text.pieces import scored_parts
-from haomiao.text.pretokenizers import CLASS_NAMES, PRE_TOKENIZERS
-from haomiao.text.sentencepiece_model import parse
-from haomiao.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
+
+    from haomiao.text.vocabulary import Vocabulary
 
 END_TEXTS = (
     "</s>",
@@ -98,6 +95,9 @@ def load_table(directory: Path) -> Parts | None:
 
 def load_model(path: Path) -> Parts:
     """A tokenizer.model (SentencePiece) and what lies beside it."""
+    from haomiao.text.pieces import scored_parts
+    from haomiao.text.sentencepiece_model import parse
+
     model = parse(read_bytes(path), path.name)
     config = read_object(path.parent / "tokenizer_config.json")
     restore_flags(model.vocabulary, config)
@@ -110,6 +110,9 @@ def load_model(path: Path) -> Parts:
 
 def load_vocab(vocab: Path, merges: Path) -> Parts:
     """Byte-level BPE from vocab.json and merges.txt (GPT-2's encoder.json and vocab.bpe), cut as the class says."""
+    from haomiao.text import library
+    from haomiao.text.pretokenizers import CLASS_NAMES, PRE_TOKENIZERS
+
     ids = parse_object(read_bytes(vocab), vocab.name)
     if not ids or not all(type(id_) is int and 0 <= id_ <= MAX_TOKEN_ID for id_ in ids.values()):
         raise ModelError(f"{vocab.name}: not a vocabulary of tokens and ids")
