@@ -13,10 +13,13 @@ from starlette.routing import BaseRoute, Route
 from haomiao import __version__
 from haomiao.errors import EngineError, HaomiaoError
 from haomiao.serve.chat import chat_completions
+from haomiao.serve.completions import completions
 from haomiao.serve.failures import HttpError, error_response
 from haomiao.serve.guard import Guard
 from haomiao.serve.jsonbody import dump
+from haomiao.serve.responses import responses
 from haomiao.serve.service import Service
+from haomiao.serve.texts import detokenize, embeddings, tokenize
 
 
 def make_app(service: Service) -> Guard:
@@ -34,6 +37,11 @@ def routes() -> list[BaseRoute]:
     """Every route. The page and the WebSocket add theirs here."""
     return [
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
         Route("/v1/models", models, methods=["GET"]),
         Route("/v1/models/{name:path}", model, methods=["GET"]),
         Route("/health", health, methods=["GET"]),

@@ -82,6 +82,11 @@ class Prompts:
         return self._tokenizer
 
     @property
+    def known_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, or None if the model has none."""
+        return self._tokenizer
+
+    @property
     def template(self) -> ChatTemplate:
         """The template that conversations are rendered with."""
         _ = self.tokenizer
