@@ -48,6 +48,7 @@ def routes() -> list[BaseRoute]:
         Route("/ready", ready, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
         Route("/version", version, methods=["GET"]),
+        Route("/openapi.json", openapi, methods=["GET"]),
     ]
 
 
@@ -103,6 +104,13 @@ async def ready(request: Request) -> Response:
     loading = supervisor.loading
     about = {"status": state, "loading": {"what": loading.what, "done": loading.done, "total": loading.total}}
     return _json(about, 503)
+
+
+async def openapi(request: Request) -> Response:
+    """The OpenAPI document."""
+    from haomiao.serve.openapi import document
+
+    return _json(document())
 
 
 async def version(request: Request) -> Response:

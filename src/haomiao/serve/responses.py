@@ -147,8 +147,7 @@ def _content(content: Any, where: str) -> Any:
         return content
     if not all(isinstance(part, dict) for part in content):
         raise InputError(f"{where}.content must hold objects", param=f"{where}.content")
-    known = PART_FIELDS
-    return [{key: value for key, value in part.items() if key in known} for part in content]
+    return [{key: value for key, value in part.items() if key in PART_FIELDS} for part in content]
 
 
 PART_FIELDS = frozenset(["type", "text", "refusal", "image_url", "input_audio", "file"])
