@@ -76,7 +76,7 @@ NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "-1", "9223372036854775808",
 def test_05_numbers(live: Running, field: str, value: str) -> None:
     if (field, value) == ("top_k", "-1"):
         value = "-2"  # -1 is vLLM's way to say that all are kept
-    body = '{"messages": [{"role": "user", "content": "x"}], "%s": %s}' % (field, value)
+    body = f'{{"messages": [{{"role": "user", "content": "x"}}], "{field}": {value}}}'
     response = live.http.post(PATH, content=body.encode(), headers={"content-type": "application/json"})
     if value in ("NaN", "Infinity", "-Infinity"):
         refusal(response, 400)  # not JSON at all
@@ -87,7 +87,7 @@ def test_05_numbers(live: Running, field: str, value: str) -> None:
 def test_05_is_unharmed(live: Running) -> None:
     with unharmed(live):
         for value in NUMBERS:
-            body = '{"messages": [{"role": "user", "content": "x"}], "seed": %s0}' % value
+            body = f'{{"messages": [{{"role": "user", "content": "x"}}], "max_tokens": 1, "seed": {value}0}}'
             response = live.http.post(PATH, content=body.encode(), headers={"content-type": "application/json"})
             assert response.status_code in (200, 400)
 
@@ -166,7 +166,7 @@ def test_10_token_ids(live: Running, token: int) -> None:
 def test_11_surrogates_and_controls(live: Running) -> None:
     with unharmed(live):
         for text in ("\\ud800", "a\\udfff", "\\ud800\\ud800"):
-            body = '{"messages": [{"role": "user", "content": "%s"}], "max_tokens": 1}' % text
+            body = f'{{"messages": [{{"role": "user", "content": "{text}"}}], "max_tokens": 1}}'
             response = live.http.post(PATH, content=body.encode(), headers={"content-type": "application/json"})
             refusal(response, 400)
         assert live.chat(messages=[{"role": "user", "content": "a\x00b"}]).status_code in (200, 400)
@@ -271,12 +271,12 @@ def test_17_disconnects(live: Running, kind: str) -> None:
 
 def test_18_queue_full(start: Any) -> None:
     running = start(queue=1, pause=0.02)
-    with unharmed(running):
-        with running.http.stream("POST", PATH, json={**CHAT, "max_tokens": 500, "stream": True}) as first:
-            assert first.status_code == 200
-            response = httpx.post(running.url + PATH, json=CHAT, trust_env=False)
-            refusal(response, 429, code="queue_full")
-            assert int(response.headers["retry-after"]) >= 1
+    body = {**CHAT, "max_tokens": 500, "stream": True}
+    with unharmed(running), running.http.stream("POST", PATH, json=body) as first:
+        assert first.status_code == 200
+        response = httpx.post(running.url + PATH, json=CHAT, trust_env=False)
+        refusal(response, 429, code="queue_full")
+        assert int(response.headers["retry-after"]) >= 1
 
 
 def test_18_rates(start: Any) -> None:
