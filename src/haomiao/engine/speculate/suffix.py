@@ -82,7 +82,7 @@ class SuffixProposer:
     """Implements `Proposer` from the sequence's own tokens."""
 
     name = "suffix"
-    expected = (0.15, 0.3, 0.45, 0.6, 0.75, 0.85)
+    expected: tuple[float, ...] = (0.15, 0.3, 0.45, 0.6, 0.75, 0.85)
     costs: str | None = None
 
     def __init__(self) -> None:
