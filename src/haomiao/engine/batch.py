@@ -76,6 +76,7 @@ def make_batch(point: str, shares: list[Share]) -> StepBatch:
     starts = [0]
     past: list[int] = []
     rows: list[int] = []
+    greedy: list[bool] = []
     tables = np.full((len(shares), max(len(share.sequence.kv.blocks) for share in shares)), -1, dtype=np.int32)
     for index, share in enumerate(shares):
         state = share.sequence.kv
@@ -83,6 +84,7 @@ def make_batch(point: str, shares: list[Share]) -> StepBatch:
         token_ids += share.sequence.tokens[before : state.length]
         token_ids += share.sequence.draft
         rows += range(len(token_ids) - share.rows, len(token_ids))
+        greedy += [share.sequence.argmax_suffices] * share.rows
         starts.append(len(token_ids))
         past.append(before)
         tables[index, : len(state.blocks)] = state.snapshot()
@@ -93,6 +95,7 @@ def make_batch(point: str, shares: list[Share]) -> StepBatch:
         tables,
         np.array(rows, dtype=np.int32),
         point,
+        np.array(greedy, dtype=np.bool_),
     )
 
 

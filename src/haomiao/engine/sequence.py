@@ -128,6 +128,11 @@ class Sequence:
         """Tokens of the answer so far."""
         return len(self.tokens) - self.prompt_length
 
+    @property
+    def argmax_suffices(self) -> bool:
+        """True if the rows of the next step are read for nothing but their argmax."""
+        return False
+
     def branches(self) -> list[Sequence]:
         """New sequences with the same past that begin here; they consume the same rows. Asked for before `consume`."""
         return []
@@ -233,6 +238,10 @@ class Generation(Sequence):
         self._unforked = params.n - 1
         self.prompt_logprobs: list[TokenLogprob] = []
         self.rows_from = 0 if request.prompt_logprobs is not None and self.prompt_length > 1 else None
+
+    @property
+    def argmax_suffices(self) -> bool:
+        return self.rows_from is None and self._constraint is None and self._sampler.argmax_suffices(self.produced)
 
     def branches(self) -> list[Sequence]:
         if self.length < self.target:
