@@ -112,7 +112,7 @@ class LLM:
             if context < draft.plan.max_context:
                 draft = draft.with_context(context)
             size = size_pool(draft.plan, kv_type_of(draft), max_context=draft.plan.max_context, kv_memory=None)
-            tokenizer = _load_tokenizer(draft) if self.tokenizer is not None else None
+            tokenizer = _load_tokenizer(draft.files_dir) if self.tokenizer is not None else None
             return draft, _make_executor(executor, draft, kv_type_of(draft), size.blocks, threads, isa), tokenizer
 
         try:

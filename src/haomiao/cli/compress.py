@@ -2,8 +2,8 @@
 
 SRC is a Hugging Face id or directory, or a GGUF file. `nested` keeps an int4 plane and the plane that makes it int8,
 rounded to nearest; what SRC has in codes that fit four bits (GGUF Q4_0, int4 checkpoints) keeps them. `exact` keeps
-eight-bit codes too (GGUF Q8_0, int8 checkpoints), which then have no int4 plane of their own. `full` keeps the weights as
-loaded, `bf16` rounds them to bfloat16.
+eight-bit codes too (GGUF Q8_0, int8 checkpoints), which then have no int4 plane of their own. `full` keeps the weights
+as loaded, `bf16` rounds them to bfloat16.
 """
 
 from __future__ import annotations
