@@ -18,7 +18,10 @@ from haomiao.errors import EngineError, HaomiaoError, InputError, ModelNotFoundE
 from haomiao.types import F32, POINTS, Executor, KvType
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from haomiao.api.session import Session
+    from haomiao.engine.engine import Engine
     from haomiao.models.open import OpenedModel
     from haomiao.text.tokenizer import Tokenizer
 
@@ -96,7 +99,7 @@ class LLM:
         self._opened = opened
         self._requests = RequestMaker(self.tokenizer, self.vocab_size, self.max_context)
         self._chat_prompts = ChatPrompts(self._requests)
-        engine = Engine(
+        self._engine = engine = Engine(
             runner,
             eos_ids=self.eos_ids,
             max_context=self.max_context,
@@ -108,6 +111,28 @@ class LLM:
             errors=_measured_errors(opened),
         )
         self._driver = Driver(engine)
+
+    # ---- for programs that step themselves (serve) ------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Whoever steps it must be the only one: nothing else of this class may be called meanwhile."""
+        return self._engine
+
+    @property
+    def requests(self) -> RequestMaker:
+        """What makes the engine's requests out of options."""
+        return self._requests
+
+    @property
+    def files_dir(self) -> Path:
+        """Where the tokenizer's files lie."""
+        return self._opened.files_dir
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Mean KL to `full` by point, nats per token, where it was measured."""
+        return _measured_errors(self._opened)
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
