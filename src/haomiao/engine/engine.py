@@ -128,7 +128,7 @@ class Engine:
     @property
     def load(self) -> tuple[int, int]:
         """Sequences that hold KV, and those that wait for it; may be asked from any thread."""
-        active = list(self._active.values())
+        active = list(self._roster)
         running = sum(1 for sequence in active if sequence.state is not None)
         return running, len(active) - running + len(self._inbox)
 

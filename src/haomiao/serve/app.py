@@ -8,7 +8,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from haomiao import __version__
 from haomiao.errors import EngineError, HaomiaoError
@@ -16,6 +16,7 @@ from haomiao.serve.chat import chat_completions
 from haomiao.serve.failures import HttpError, error_response
 from haomiao.serve.guard import Guard
 from haomiao.serve.jsonbody import dump
+from haomiao.serve.realtime import realtime
 from haomiao.serve.service import Service
 
 
@@ -40,6 +41,7 @@ def routes() -> list[BaseRoute]:
         Route("/ready", ready, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
         Route("/version", version, methods=["GET"]),
+        WebSocketRoute("/v1/realtime", realtime),
     ]
 
 
