@@ -18,6 +18,7 @@ from haomiao.serve.guard import Guard
 from haomiao.serve.jsonbody import dump
 from haomiao.serve.realtime import realtime
 from haomiao.serve.service import Service
+from haomiao.serve.site import page_routes
 
 
 def make_app(service: Service) -> Guard:
@@ -42,6 +43,7 @@ def routes() -> list[BaseRoute]:
         Route("/metrics", metrics, methods=["GET"]),
         Route("/version", version, methods=["GET"]),
         WebSocketRoute("/v1/realtime", realtime),
+        *page_routes(),
     ]
 
 

@@ -24,7 +24,7 @@ from haomiao.serve.failures import error_body
 from haomiao.serve.guard import refuse_websocket
 from haomiao.serve.messages import Close, Fed, Feed
 from haomiao.serve.realtime_response import Response
-from haomiao.serve.service import Service, new_name, refuse_unsupported
+from haomiao.serve.service import Service, new_name
 
 PROTOCOL = "realtime"
 GOING_AWAY, BAD_FRAME = 1001, 1007
@@ -63,6 +63,7 @@ class Feeder:
         self._connection: Any = None
         self._session = 0
         self._fed: list[int] = []
+        self._computed = 0
         self._news = asyncio.Event()
 
     def poke(self) -> None:
@@ -88,14 +89,21 @@ class Feeder:
             salt, session = socket.salt, self._session
             tail = ids[position:]
             self._connection.send(Feed(session=session, position=position, token_ids=tail, salt=salt, point=point))
-            self._fed = ids
+            self._fed, self._computed = ids, min(self._computed, position)
+        elif ids and self._computed >= len(ids):  # it was computed before, and is said to be
+            socket.computed(Fed(session=self._session, tokens=len(ids), cached=len(ids)))
+
+    def computed(self, fed: Fed) -> None:
+        """The engine has read so far."""
+        self._computed = fed.tokens
+        self._socket.computed(fed)
 
     def open(self) -> None:
         """A session with the engine that runs now; a new one if it was restarted. Raises `NotReadyError`."""
         connection = self._service.supervisor.connection()
         if connection is not self._connection:
-            self._connection, self._session, self._fed = connection, connection.new_id(), []
-            connection.on_fed[self._session] = self._socket.computed
+            self._connection, self._session, self._fed, self._computed = connection, connection.new_id(), [], 0
+            connection.on_fed[self._session] = self.computed
 
     def commit(self, ids: list[int]) -> tuple[Any, int, list[int]]:
         """Before an answer to the prompt `ids`: connection, session, and the ids that the session lacks."""
@@ -105,7 +113,7 @@ class Feeder:
             salt, point = self._socket.salt, self._socket.fields.point
             feed = Feed(session=self._session, position=position, token_ids=[], salt=salt, point=point)
             self._connection.send(feed)
-        self._fed = list(ids)
+        self._fed, self._computed = list(ids), len(ids)
         return self._connection, self._session, ids[position:]
 
     def close(self) -> None:
@@ -385,15 +393,14 @@ _HANDLERS: dict[type, Handler] = {
 
 def check_fields(service: Service, fields: events.SessionFields) -> None:
     """Refuse what a session or response cannot be told. Raises `InputError`."""
-    refuse_unsupported(fields)
     service.check_points(fields)
     if fields.model is not None:
         service.check_model(fields.model)
     if fields.n not in (None, 1):
         raise InputError("n must be 1: one answer is given at a time", param="n")
-    for name in ("tools", "prompt"):
+    for name in ("audio", "prompt", "tools"):
         if getattr(fields, name):
-            raise InputError(f"{name} is not supported", param=name, code="unsupported_parameter")
+            raise InputError(f"{name}: not supported here", param=name, code="unsupported_parameter")
 
 
 def texts_of(item: events.MessageItem) -> list[str]:
