@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from haomiao.text.tokenizer import Tokenizer
 
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choice", "json_object")
-OTHERS = ("point", "budget_ms", "ttft_ms", "sampling", "prompt_logprobs", "salt")
+OTHERS = ("point", "budget_ms", "ttft_ms", "sampling", "prompt_logprobs", "salt", "speculate")
 SAMPLING = tuple(field.name for field in fields(SamplingParams))
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 MAX_BUDGET_MS = 86_400_000
@@ -67,6 +67,7 @@ class RequestMaker:
             deadline_ns=_deadline("budget_ms", options.get("budget_ms"), arrival),
             ttft_deadline_ns=_deadline("ttft_ms", options.get("ttft_ms"), arrival),
             salt=options.get("salt", b""),
+            speculate=options.get("speculate"),
             **more,
         )
 

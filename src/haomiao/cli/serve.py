@@ -67,6 +67,7 @@ FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "kv": (options.one_of(options.KV_NAMES), f"how K and V are kept: {', '.join(options.KV_NAMES)}"),
     "kv-memory": (memory, "bytes for K and V, such as 500M or 2G"),
     "executor": (options.one_of(options.EXECUTORS), "native, or the slow reference in numpy"),
+    "speculate": (str, "who drafts tokens: auto (default), suffix, self, a model, or off"),
     "chat-template": (str, "file with a Jinja template in place of the model's own"),
     "request-templates": (flag, "let requests bring a chat template of their own"),
     "max-kl": (options.number, "greatest mean KL to full, nats per token, of the points that are used"),
@@ -132,6 +133,7 @@ def run(args: Namespace) -> int:
             "kv": "kv",
             "kv-memory": "kv_memory",
             "executor": "executor",
+            "speculate": "speculate",
         }
     )
     for name in ("revision", "offline"):

@@ -13,12 +13,15 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from haomiao import __version__
 from haomiao.errors import EngineError, HaomiaoError
 from haomiao.serve.chat import chat_completions
+from haomiao.serve.completions import completions
 from haomiao.serve.failures import HttpError, error_response
 from haomiao.serve.guard import Guard
 from haomiao.serve.jsonbody import dump
 from haomiao.serve.realtime import realtime
+from haomiao.serve.responses import responses
 from haomiao.serve.service import Service
 from haomiao.serve.site import page_routes
+from haomiao.serve.texts import detokenize, embeddings, tokenize
 
 
 def make_app(service: Service) -> Guard:
@@ -36,6 +39,11 @@ def routes() -> list[BaseRoute]:
     """Every route. The page and the WebSocket add theirs here."""
     return [
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
         Route("/v1/models", models, methods=["GET"]),
         Route("/v1/models/{name:path}", model, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
@@ -44,6 +52,7 @@ def routes() -> list[BaseRoute]:
         Route("/version", version, methods=["GET"]),
         WebSocketRoute("/v1/realtime", realtime),
         *page_routes(),
+        Route("/openapi.json", openapi, methods=["GET"]),
     ]
 
 
@@ -99,6 +108,13 @@ async def ready(request: Request) -> Response:
     loading = supervisor.loading
     about = {"status": state, "loading": {"what": loading.what, "done": loading.done, "total": loading.total}}
     return _json(about, 503)
+
+
+async def openapi(request: Request) -> Response:
+    """The OpenAPI document."""
+    from haomiao.serve.openapi import document
+
+    return _json(document())
 
 
 async def version(request: Request) -> Response:

@@ -128,8 +128,6 @@ class Hello(Message, tag="hello", kw_only=True):
     """Tokens of the longest prompt and answer that the KV pool can hold."""
     step_seconds: float = 0.0
     """About what the longest step takes: the watchdog must not fire before."""
-    prefill_ms_per_token: float = 0.0
-    """A lower bound at the fastest point, by which prompts are refused before they are tokenized; 0: unknown."""
 
 
 class Token(Message, tag="token", kw_only=True):

@@ -7,6 +7,7 @@ engine said of it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from haomiao.api.requests import shared_beginning
-from haomiao.errors import ContextLengthError, InputError, ModelNotFoundError, NotReadyError
+from haomiao.errors import ContextLengthError, HaomiaoError, InputError, ModelNotFoundError, NotReadyError
 from haomiao.serve.messages import Hello
 from haomiao.serve.schemas import ChatMessage, Tool
 from haomiao.serve.settings import Settings
@@ -44,7 +45,7 @@ class Prompts:
         if self.hello is not None and self.hello.files == hello.files:
             self.hello = hello
             return
-        from haomiao.text.template import ChatTemplate
+        from haomiao.text.template import ChatTemplate, encode_chat
         from haomiao.text.tokenizer import Tokenizer
 
         try:
@@ -56,6 +57,8 @@ class Prompts:
             if self._settings.chat_template is not None:
                 template = _with_source(tokenizer, self._settings.chat_template)
             template.check()
+            with contextlib.suppress(HaomiaoError):  # a template may want more than this to warm up with
+                encode_chat(tokenizer, template, [{"role": "user", "content": "x"}])
             self._longest = max(1, *(len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size)))
             self._template = template
         self._tokenizer = tokenizer
@@ -79,6 +82,11 @@ class Prompts:
             raise NotReadyError("the model is being loaded")
         if self._tokenizer is None:
             raise InputError("this model has no tokenizer: give token ids instead of text", param="prompt")
+        return self._tokenizer
+
+    @property
+    def known_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, or None if the model has none."""
         return self._tokenizer
 
     @property

@@ -212,6 +212,8 @@ class CompletionRequest(Sampled, kw_only=True):
     """/v1/completions"""
 
     prompt: str | Annotated[list[str | int | list[int]], Meta(min_length=1)]
+    max_tokens: Natural | None = None
+    """0 goes with echo: the prompt is scored."""
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None

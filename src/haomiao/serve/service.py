@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from starlette.requests import Request
 
-from haomiao.errors import HaomiaoError, InputError, ModelNotFoundError
+from haomiao.errors import DeadlineError, HaomiaoError, InputError, ModelNotFoundError
 from haomiao.serve import budgets, jsonbody
 from haomiao.serve.client import Answer
 from haomiao.serve.failures import HttpError
@@ -132,9 +132,14 @@ class Service:
                 raise InputError(f"{param} must be one of {', '.join(offered)}, not {point!r}", param=param)
 
     def budget(self, request: Request, body: Budgeted) -> budgets.Budget:
-        """The budget of a request, counted from its headers."""
-        accepted = int(request.scope["state"]["accepted_ns"])
-        return budgets.budget_of(accepted, body, request.headers, self.settings.max_kl)
+        """The budget of a request, counted from its headers. Raises `DeadlineError` if it is spent already."""
+        state = request.scope["state"]
+        found = budgets.budget_of(int(state["accepted_ns"]), body, request.headers, self.settings.max_kl)
+        state["budgeted"] = found.given
+        if found.deadline_ns is not None and time.monotonic_ns() >= found.deadline_ns:
+            self.metrics.budgets.labels("missed").inc()
+            raise DeadlineError("the budget was spent before the request was read")
+        return found
 
     def new_id(self) -> int:
         """An id for a request to the engine. Raises `NotReadyError`."""
