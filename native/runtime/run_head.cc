@@ -9,13 +9,13 @@
 
 namespace haomiao {
 
-void Runner::run(const LogitsPhase& phase, size_t, int thread) {
+void Runner::run(const LogitsPhase& phase, size_t index, int thread) {
   const HeadOp& op = phase.head;
   const Weight& w = weight(op.weight);
   const int rows = static_cast<int>(batch_.rows), vocab = plan_.vocab_size;
   if (rows == 0) return;
   const RowSource source = {phase.normed_by == kNone ? op.source : phase.norm_source, phase.normed_by,
-                            batch_.logit_rows};
+                            is_tail(index) ? nullptr : batch_.logit_rows};
   const Prepared prepared = prepare(source, w, rows, thread);
   const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
   std::fill(memory.best_at, memory.best_at + rows, kNone);

@@ -57,7 +57,32 @@ Runner::Runner(Plan plan, const KernelTable& kernels, const RunnerOptions& optio
               checked("kv_blocks", options.kv_blocks, 1, kMostKvBlocks), plan_.max_context}),
       max_tokens_(static_cast<int>(options.max_step_tokens)) {
   check_points();
+  find_tail();
   reserve_memory();
+}
+
+// After the last attention a token's row matters only for its own logits. Operations that need to know which token they
+// work on do not follow it in any model we know; a plan in which they do is run for all rows to its end.
+void Runner::find_tail() {
+  last_attention_ = phases_.size();
+  size_t last = phases_.size(), after = plan_.ops.size();
+  for (size_t i = 0; i < phases_.size(); ++i) {
+    if (std::holds_alternative<AttentionPhase>(phases_[i].work)) last = i;
+  }
+  for (size_t i = 0; i < plan_.ops.size(); ++i) {
+    if (std::holds_alternative<AttentionOp>(plan_.ops[i])) after = i + 1;
+  }
+  if (last == phases_.size()) return;
+  for (size_t i = after; i < plan_.ops.size(); ++i) {
+    const Op& op = plan_.ops[i];
+    if (std::holds_alternative<EmbedOp>(op) || std::holds_alternative<RopeOp>(op)) return;
+  }
+  const AttentionOp& attention = std::get<AttentionPhase>(phases_[last].work).attention;
+  if (read_later(plan_, attention.qkv, after)) return;  // threads read it while rows move
+  for (int b = 0; b < static_cast<int>(plan_.buffers.size()); ++b) {
+    if (b != attention.out && read_later(plan_, b, after)) carried_.push_back(b);
+  }
+  last_attention_ = last;
 }
 
 void Runner::check_points() const {
@@ -169,8 +194,10 @@ void Runner::reserve_memory() {
 
   sequence_of_.resize(tokens);
   positions_.resize(tokens);
-  tiles_.reserve(tokens);  // a tile holds at least one token
-  items_.reserve(tokens + static_cast<size_t>(kItemsPerThread) * static_cast<size_t>(pool_.threads()) + 1);
+  for (Attending* work : {&whole_, &tail_}) {
+    work->tiles.reserve(tokens);  // a tile holds at least one token
+    work->items.reserve(tokens + static_cast<size_t>(kItemsPerThread) * static_cast<size_t>(pool_.threads()) + 1);
+  }
   next_ = std::make_unique<std::atomic<uint32_t>[]>(2 * phases_.size());
   phase_ns_.resize(phases_.size());
 }
