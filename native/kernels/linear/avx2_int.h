@@ -25,6 +25,8 @@ enum class Form {
   bytes     // one byte each
 };
 
+constexpr int kPrefetchBytes = 2304;  // a tile is read so far ahead: the processor alone sees one block
+
 constexpr bool has_lo(Form f) { return f == Form::both || f == Form::shifted; }
 constexpr int block_bytes(Form f) { return f == Form::bytes ? kByteBytes : kNibbleBytes; }
 
@@ -82,6 +84,16 @@ HAOMIAO_INLINE __m256 load_scale(const uint8_t* group, int octet, __m256 factor)
   return has_lo(F) ? _mm256_mul_ps(scale, factor) : scale;
 }
 
+HAOMIAO_INLINE void prefetch_lines(const uint8_t* begin, int bytes) {
+  for (int i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(begin + i), _MM_HINT_T0);
+}
+
+template <Form F>
+HAOMIAO_INLINE void prefetch_block(const uint8_t* hi, const uint8_t* lo) {
+  prefetch_lines(hi + kPrefetchBytes, block_bytes(F) + kScaleBytes);
+  if constexpr (has_lo(F)) prefetch_lines(lo + kPrefetchBytes, kNibbleBytes);
+}
+
 // Sums plus the products of unsigned bytes (nibbles) or of words. The empty assembly fixes the order of additions: the
 // compiler reassociates integers, which makes it hold all products at once, on the stack.
 template <Form F>
@@ -136,10 +148,32 @@ HAOMIAO_INLINE void sum_block(const uint8_t* hi, const uint8_t* lo, int first, i
   }
 }
 
+// y[m][octet] += scale * (sum over one block of 32 columns), for M tokens.
+template <Form F, int M>
+HAOMIAO_INLINE void add_block(const uint8_t* hi, const uint8_t* lo, int shift, const __m256 scale[kOctets],
+                              const uint8_t* x, __m256 y[M][kOctets]) {
+  constexpr int R = M <= 2 ? 4 : 2;  // octets at once: 8 sums at most
+  HAOMIAO_UNROLL
+  for (int first = 0; first < kOctets; first += R) {
+    __asm__("" : "+r"(x));  // or the compiler keeps broadcasts of one half tile, on the stack, for the other
+    const ActivationBlock<M>& group = *reinterpret_cast<const ActivationBlock<M>*>(x);
+    __m256i sum[M][R];
+    sum_block<F, M, R>(hi, lo, first, shift, group, sum);
+    HAOMIAO_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const __m256 s = broadcast_float(&group.scale[m]);
+      HAOMIAO_UNROLL
+      for (int r = 0; r < R; ++r) {
+        __m256& total = y[m][first + r];
+        total = _mm256_fmadd_ps(_mm256_mul_ps(scale[first + r], s), _mm256_cvtepi32_ps(sum[m][r]), total);
+      }
+    }
+  }
+}
+
 // All columns of one tile for a block of M tokens.
 template <Form F, int M>
 void multiply_tile(const Tile& tile, const uint8_t* x, const Target& target) {
-  constexpr int R = M <= 2 ? 4 : 2;  // octets at once: 8 sums at most
   __m256 y[M][kOctets];
   HAOMIAO_UNROLL
   for (int m = 0; m < M; ++m) {
@@ -154,25 +188,11 @@ void multiply_tile(const Tile& tile, const uint8_t* x, const Target& target) {
     for (int octet = 0; octet < kOctets; ++octet) scale[octet] = load_scale<F>(hi, octet, factor);
     hi += kScaleBytes;
     for (int end = block + tile.blocks_per_scale; block < end; ++block) {
-      const ActivationBlock<M>& group = *reinterpret_cast<const ActivationBlock<M>*>(x);
-      HAOMIAO_UNROLL
-      for (int first = 0; first < kOctets; first += R) {
-        __asm__("" : "+r"(x));  // or the compiler keeps broadcasts of one half tile, on the stack, for the other
-        __m256i sum[M][R];
-        sum_block<F, M, R>(hi, lo, first, tile.shift, *reinterpret_cast<const ActivationBlock<M>*>(x), sum);
-        HAOMIAO_UNROLL
-        for (int m = 0; m < M; ++m) {
-          const __m256 s = broadcast_float(&group.scale[m]);
-          HAOMIAO_UNROLL
-          for (int r = 0; r < R; ++r) {
-            __m256& total = y[m][first + r];
-            total = _mm256_fmadd_ps(_mm256_mul_ps(scale[first + r], s), _mm256_cvtepi32_ps(sum[m][r]), total);
-          }
-        }
-      }
+      prefetch_block<F>(hi, lo);
+      add_block<F, M>(hi, lo, tile.shift, scale, x, y);
+      x += sizeof(ActivationBlock<M>);
       hi += block_bytes(F);
       if constexpr (has_lo(F)) lo += kNibbleBytes;
-      x += sizeof(ActivationBlock<M>);
     }
   }
   HAOMIAO_UNROLL
@@ -281,6 +301,7 @@ void multiply_wide(const Tile& tile, const uint8_t* x, int64_t stride, int count
     }
     hi += kScaleBytes;
     for (int end = block + tile.blocks_per_scale; block < end; ++block) {
+      prefetch_block<F>(hi, lo);
       unpack_block<F>(hi, lo, tile.shift, &scratch->weights);
       kAddRows<F>[count - 1](scratch->weights, x, stride, scratch->y);
       hi += block_bytes(F);
