@@ -6,8 +6,8 @@ Threads may share an `LLM`: requests that are waited for at the same time share 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
 from haomiao.api.answers import AnswerStream, Choice, Completion, completions_of
@@ -18,7 +18,10 @@ from haomiao.errors import EngineError, HaomiaoError, InputError, ModelNotFoundE
 from haomiao.types import F32, POINTS, Executor, KvType
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from haomiao.api.session import Session
+    from haomiao.engine.engine import Engine
     from haomiao.models.open import OpenedModel
     from haomiao.text.tokenizer import Tokenizer
 
@@ -45,15 +48,19 @@ class LLM:
         hugepages: bool = False,
         prefix_cache: bool = True,
         kv_memory: int | None = None,
+        speculate: str | os.PathLike[str] = "auto",
         progress: Progress | None = None,
     ) -> None:
         """Open a model: an artifact, a directory, a GGUF file, a Hugging Face id, or None for the embedded one.
 
         `point` is the default operating point, and decides what a checkpoint is converted to. `kv` is how K and V are
         kept, `kv_memory` the bytes they may take (default: a quarter of the available memory, at most 2 GiB),
-        `max_context` the tokens of a prompt and its answer (default: the model's own, as far as it fits). `progress` is
-        called with (what, done, total). Raises `ModelError`, `ModelNotFoundError`, `InputError`, `UnavailableError`.
+        `max_context` the tokens of a prompt and its answer (default: the model's own, as far as it fits). `speculate`
+        says who drafts tokens: "suffix" ("auto": what occurred before in prompt and answer), "self" (the model's int4
+        plane), another model of the same vocabulary by its name, or "off"; answers are the same in any case. `progress`
+        is called with (what, done, total). Raises `ModelError`, `ModelNotFoundError`, `InputError`, `UnavailableError`.
         """
+        from haomiao.api.speculation import check_way, kv_type_of, make_speculator
         from haomiao.engine.cost import CostModel
         from haomiao.engine.engine import Engine
         from haomiao.engine.sizing import size_pool
@@ -61,6 +68,7 @@ class LLM:
 
         if kv is not None and kv not in ("f32", "bf16", "int8"):
             raise InputError(f"kv must be f32, bf16 or int8, not {kv!r:.40}", param="kv")
+        way = check_way(speculate)
         opened = open_model(
             model if model is None else os.fspath(model),
             point=point,
@@ -71,18 +79,20 @@ class LLM:
             hugepages=hugepages,
             progress=progress,
         )
-        with ThreadPoolExecutor(1, thread_name_prefix="haomiao-tokenizer") as beside:
-            loading = beside.submit(_load_tokenizer, opened)
+        loading = _Beside(lambda: _load_tokenizer(opened.files_dir))
+        try:
             self.kv: KvType = kv or POINTS[opened.default_point].default_kv
             size = size_pool(opened.plan, self.kv, max_context=max_context, kv_memory=kv_memory)
-            if size.max_context < opened.plan.max_context:
-                opened = opened.with_context(size.max_context)
-            runner = _make_executor(executor, opened, self.kv, size.blocks, threads, isa)
-            try:
-                self.tokenizer: Tokenizer | None = loading.result()
-            except BaseException:
-                runner.close()
-                raise
+            planned = opened.with_context(size.max_context) if size.max_context < opened.plan.max_context else opened
+            runner = _make_executor(executor, planned, self.kv, size.blocks, threads, isa)
+        finally:
+            loading.join()
+        try:
+            self.tokenizer = loading.result()
+        except BaseException:
+            runner.close()
+            raise
+        opened = planned
         self.name = opened.name
         self.plan = opened.plan
         self.weights = opened.artifact.tensors
@@ -96,7 +106,21 @@ class LLM:
         self._opened = opened
         self._requests = RequestMaker(self.tokenizer, self.vocab_size, self.max_context)
         self._chat_prompts = ChatPrompts(self._requests)
-        engine = Engine(
+
+        def open_draft(name: str, context: int) -> tuple[OpenedModel, Executor, Tokenizer | None]:
+            draft = open_model(name, group=group, revision=None, offline=offline, progress=progress)
+            if context < draft.plan.max_context:
+                draft = draft.with_context(context)
+            size = size_pool(draft.plan, kv_type_of(draft), max_context=draft.plan.max_context, kv_memory=None)
+            tokenizer = _load_tokenizer(draft.files_dir) if self.tokenizer is not None else None
+            return draft, _make_executor(executor, draft, kv_type_of(draft), size.blocks, threads, isa), tokenizer
+
+        try:
+            speculator = make_speculator(way, runner, self.max_context, self.tokenizer, open_draft)
+        except BaseException:
+            runner.close()
+            raise
+        self._engine = engine = Engine(
             runner,
             eos_ids=self.eos_ids,
             max_context=self.max_context,
@@ -106,8 +130,31 @@ class LLM:
             point=self.point,
             cost=CostModel(),
             errors=_measured_errors(opened),
+            speculator=speculator,
         )
         self._driver = Driver(engine)
+
+    # ---- for programs that step themselves (serve) ------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Whoever steps it must be the only one: nothing else of this class may be called meanwhile."""
+        return self._engine
+
+    @property
+    def requests(self) -> RequestMaker:
+        """What makes the engine's requests out of options."""
+        return self._requests
+
+    @property
+    def files_dir(self) -> Path:
+        """Where the tokenizer's files lie."""
+        return self._opened.files_dir
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Mean KL to `full` by point, nats per token, where it was measured."""
+        return _measured_errors(self._opened)
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
@@ -116,7 +163,8 @@ class LLM:
 
         Options: the fields of `SamplingParams` one by one, or `sampling=SamplingParams(...)`; one of `json_schema`,
         `regex`, `grammar`, `choice`, `json_object`; `point`; `budget_ms` (whole answer) and `ttft_ms` (first token);
-        `prompt_logprobs`. Without `max_tokens`, 256 or what the context leaves.
+        `speculate` ("off", "auto", "suffix", "self", "draft"); `prompt_logprobs`. Without `max_tokens`, 256 or what the
+        context leaves.
 
         Returns a `Completion`; a list of them for `n` > 1; for a list of texts, a list with one such result each.
         """
@@ -253,6 +301,30 @@ class LLM:
         return Choice(best, options[best], scores, done.receipt)
 
 
+class _Beside(threading.Thread):
+    """The tokenizer, loaded beside the weights. (`concurrent.futures` would be as good, but takes 5 ms to import.)"""
+
+    def __init__(self, load: Callable[[], Tokenizer | None]) -> None:
+        super().__init__(name="haomiao-tokenizer", daemon=True)
+        self._load = load
+        self._found: Tokenizer | None = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._found = self._load()
+        except BaseException as error:  # raised where the result is asked for
+            self._error = error
+
+    def result(self) -> Tokenizer | None:
+        """What was loaded, once it is. Raises what loading raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+
 def _events(wait: Callable[[], list[Event]]) -> Iterator[Event]:
     """All events of a ticket."""
     while events := wait():
@@ -289,12 +361,12 @@ def _make_executor(
     return NativeExecutor(opened.plan, artifact.tensors, artifact.vectors, **common, threads=threads, isa=isa)
 
 
-def _load_tokenizer(opened: OpenedModel) -> Tokenizer | None:
+def _load_tokenizer(directory: Path) -> Tokenizer | None:
     """The checkpoint's tokenizer; None if it has none."""
     from haomiao.text.tokenizer import Tokenizer
 
     try:
-        return Tokenizer(opened.files_dir)
+        return Tokenizer(directory)
     except ModelNotFoundError:
         return None
 

@@ -26,6 +26,7 @@ from haomiao.engine.request import DoneEvent, EngineRequest, Event
 from haomiao.engine.roster import Roster
 from haomiao.engine.scheduler import SchedulerState, StepPlan
 from haomiao.engine.sequence import Job, Rows, Sequence
+from haomiao.engine.speculate.speculator import Speculator
 from haomiao.engine.state import BlockPool
 from haomiao.errors import CancelledError, DeadlineError, EngineError, KvExhaustedError, OverloadError
 from haomiao.types import Executor, Observer, StepResult
@@ -49,9 +50,11 @@ class Engine:
         cost: CostModel | None = None,
         errors: Mapping[str, float] | None = None,
         max_requests: int = 1024,
+        speculator: Speculator | None = None,
     ) -> None:
         """`model_key` identifies the weights: prefix blocks of another key are never used. `name` and `errors` (the
-        artifact's mean KL by point) go on receipts. `max_requests` are queued or running before `OverloadError`."""
+        artifact's mean KL by point) go on receipts. `max_requests` are queued or running before `OverloadError`.
+        `speculator` drafts tokens; it is closed with the engine."""
         self.executor = executor
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.limits = Limits(executor.vocab_size, max_context, executor.kv_blocks, tuple(executor.points))
@@ -61,7 +64,8 @@ class Engine:
         self._prefix_cache = prefix_cache
         self._clock = clock
         self._cost = cost
-        self._roster = Roster(self.pool, self._make_chain)
+        self._speculator = speculator or Speculator(())
+        self._roster = Roster(self.pool, self._make_chain, self._speculator.release)
         letterhead = Letterhead(
             name, int(getattr(executor, "threads", 0)), str(getattr(executor, "isa", "")), dict(errors or {})
         )
@@ -83,6 +87,7 @@ class Engine:
     def submit(self, request: EngineRequest) -> int:
         """Queue a request and return its id. Raises what `admission.check_request` does, and `OverloadError`."""
         check_request(request, self.limits)
+        self._speculator.check(request.speculate)
         if len(self._roster.jobs) + len(self._inbox) >= self._max_requests:
             raise OverloadError(f"{self._max_requests} requests are queued or running already")
         now = self._clock()
@@ -108,6 +113,7 @@ class Engine:
         now = self._clock()
         self._accept(now)
         self._admit(now)
+        self._speculator.propose(now, self._roster, self.executor.max_step_tokens)
         step_plan = self._plan(now)
         shares = self._roster.make_room(step_plan, now)
         result = self._run(step_plan.point, shares)
@@ -124,6 +130,13 @@ class Engine:
     def busy(self) -> bool:
         """True while requests are queued or running."""
         return bool(len(self._roster) or self._inbox or self._cancelled)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Sequences that hold KV, and those that wait for it; may be asked from any thread."""
+        active = list(self._roster)
+        running = sum(1 for sequence in active if sequence.state is not None)
+        return running, len(active) - running + len(self._inbox)
 
     def run_until(self, *request_ids: int) -> list[Event]:
         """Step until these requests have ended (all, if none is named), and return every event on the way."""
@@ -176,6 +189,7 @@ class Engine:
         """Give everything back and close the executor; idempotent."""
         self._inbox.clear()
         self._roster.clear()
+        self._speculator.close()
         self.executor.close()
 
     def _make_chain(self, job: Job) -> PrefixChain | None:
@@ -261,8 +275,9 @@ class Engine:
         """Run the step. If the executor fails, every request of the step fails, and no other."""
         if not shares:
             return None
-        batch = make_batch(point, shares)
         try:
+            self._speculator.fill(point, shares)
+            batch = make_batch(point, shares)
             result = self.executor.step(batch)
         except BaseException as error:
             for share in shares:
@@ -275,6 +290,7 @@ class Engine:
         self._reporter.stepped(batch, result)
         if self._cost is not None:
             self._cost.observe(shape_of(point, shares), result.elapsed_ns)
+        self._speculator.observe(point, shares, result.elapsed_ns)
         return result
 
     # ---- emit -----------------------------------------------------------------------------------------------------
@@ -291,13 +307,13 @@ class Engine:
             rows = Rows(sequence.length - share.rows, logits[first:row], argmax[first:row]) if share.rows else None
             try:
                 sequence.account(sequence.job.point, share.tokens)
-                if sequence.chain is not None:
-                    sequence.chain.publish(self.pool, sequence.tokens, sequence.state)
                 branches = sequence.branches()
                 for branch in branches:
                     self._roster.enter(branch, past=sequence)
                 for each in (sequence, *branches):
-                    self._reporter.tell(each, each.consume(rows), now)
+                    progress = each.consume(rows)
+                    self._roster.publish(each)  # now that it holds nothing but what stands
+                    self._reporter.tell(each, progress, now)
             except Exception as error:
                 self._reporter.fail(sequence.job, error, now)
             except BaseException:  # an interrupt: this request is half told, and the rest of the step not looked at
@@ -305,3 +321,4 @@ class Engine:
                     later.sequence.cut(later.tokens)
                 self._reporter.fail(sequence.job, CancelledError("the request was interrupted"), now)
                 raise
+        self._speculator.settle(shares[0].sequence.job.point, shares)
