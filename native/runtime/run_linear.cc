@@ -83,22 +83,19 @@ int Runner::skipped_tiles(const LinearPhase& phase) const {
   return apart ? queries / kTileRows : 0;
 }
 
-// The queries' tiles for the rows whose logits are wanted, one row at a time.
+// The queries' tiles for the rows whose logits are wanted, each prepared and multiplied alone.
 void Runner::multiply_queries(const LinearPhase& phase, Share tiles, int thread) {
   const LinearOp& op = phase.linear;
   const Weight& w = weight(op.weight);
-  const int rows = static_cast<int>(batch_.rows);
-  const RowSource source = {phase.normed_by == kNone ? op.source : phase.norm_source, phase.normed_by,
-                            batch_.logit_rows};
-  const uint8_t* activations = prepare(source, w, rows, thread).activations;
   const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
-  const Activation kind = activation_of(w);
-  for (int r = 0; r < rows && tiles.begin < tiles.end; ++r) {
+  const bool normed = phase.normed_by != kNone;
+  for (int r = 0; r < static_cast<int>(batch_.rows) && tiles.begin < tiles.end; ++r) {
     const int token = batch_.logit_rows[r];
+    const RowSource source = {normed ? phase.norm_source : op.source, phase.normed_by, batch_.logit_rows + r};
     const LinearCall call = {&w,
                              point_->body,
-                             kind,
-                             activations + kernels_.linear->activation_bytes(kind, r, w.padded_cols),
+                             activation_of(w),
+                             prepare(source, w, 1, thread).activations,
                              1,
                              tiles.begin,
                              tiles.end,
