@@ -157,8 +157,12 @@ void Runner::reserve_memory() {
   const size_t head_groups = screened_ ? static_cast<size_t>(weight(screened_->weight).padded_cols) / kGroup : 0;
   const size_t lo_norms_at = arena_.reserve(head_tiles * head_groups * sizeof(float));
   const size_t upper_at = arena_.reserve(head_tiles * kFewTokens * sizeof(float));
+  if (screened_) {
+    single_bytes_ =
+        (linear.activation_bytes(Activation::int8, 1, weight(screened_->weight).padded_cols) + 63) / 64 * 64;
+  }
   struct Offsets {
-    size_t activations, rows, tile, scratch, best, best_at, lengths, reached, kept;
+    size_t activations, rows, tile, scratch, best, best_at, lengths, singles, reached, kept;
   };
   std::vector<Offsets> threads;
   for (int t = 0; t < pool_.threads(); ++t) {
@@ -166,7 +170,8 @@ void Runner::reserve_memory() {
         {arena_.reserve(prepared_few), arena_.reserve(kFewTokens * static_cast<size_t>(widest_) * sizeof(float)),
          arena_.reserve(kTileFloats * sizeof(float)), arena_.reserve(scratch), arena_.reserve(tokens * sizeof(float)),
          arena_.reserve(tokens * sizeof(int32_t)), arena_.reserve(kFewTokens * head_groups * sizeof(float)),
-         arena_.reserve(kFewTokens * sizeof(float)), arena_.reserve(head_tiles * sizeof(int32_t))});
+         arena_.reserve(kFewTokens * single_bytes_), arena_.reserve(kFewTokens * sizeof(float)),
+         arena_.reserve(head_tiles * sizeof(int32_t))});
   }
   arena_.commit();
   for (size_t b = 0; b < buffers_.size(); ++b) buffers_[b].data = arena_.at<float>(buffer_at[b]);
@@ -179,7 +184,8 @@ void Runner::reserve_memory() {
   for (const Offsets& at : threads) {
     thread_memory_.push_back({arena_.at<uint8_t>(at.activations), arena_.at<float>(at.rows), arena_.at<float>(at.tile),
                               arena_.at<uint8_t>(at.scratch), arena_.at<float>(at.best), arena_.at<int32_t>(at.best_at),
-                              arena_.at<float>(at.lengths), arena_.at<float>(at.reached), arena_.at<int32_t>(at.kept)});
+                              arena_.at<float>(at.lengths), arena_.at<uint8_t>(at.singles),
+                              arena_.at<float>(at.reached), arena_.at<int32_t>(at.kept)});
   }
 
   int64_t offset = 0;

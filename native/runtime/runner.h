@@ -68,6 +68,7 @@ class Runner {
     float* best;           // [max tokens]: the greatest logit of this thread's share, per row
     int32_t* best_at;      // kNone where the share is empty
     float* lengths;        // [kFewTokens][groups of the head]: of the rows that are screened
+    uint8_t* singles;      // [kFewTokens][single_bytes_]: those rows, each prepared as if it were alone
     float* reached;        // [kFewTokens]: a logit that the greatest is not below
     int32_t* kept;         // [tiles of the head]
   };
@@ -194,6 +195,7 @@ class Runner {
   int64_t widest_ = 0;
   std::vector<float*> rope_tables_;  // per rope [max tokens][dim]: cosines, sines
   float* partials_ = nullptr;
+  size_t single_bytes_ = 0;           // of one prepared row of the screened head
   size_t partial_capacity_ = 0;       // floats
   const HeadOp* screened_ = nullptr;  // the head, if its weights can be screened at all
   float* lo_norms_ = nullptr;         // [tiles][groups] of the head, once lo_norms_known_
