@@ -45,6 +45,7 @@ class Prompts:
         if self.hello is not None and self.hello.files == hello.files:
             self.hello = hello
             return
+        self._pool.submit(lambda: None)  # starts the other thread now, while this one is busy
         from haomiao.text.template import ChatTemplate, encode_chat
         from haomiao.text.tokenizer import Tokenizer
 
