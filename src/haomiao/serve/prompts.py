@@ -54,6 +54,7 @@ class Prompts:
         except ModelNotFoundError:
             tokenizer = None
         if tokenizer is not None:
+            tokenizer.concurrent = True
             template = ChatTemplate.of(tokenizer)
             if self._settings.chat_template is not None:
                 template = _with_source(tokenizer, self._settings.chat_template)
