@@ -60,6 +60,7 @@ class Prompts:
                 template = _with_source(tokenizer, self._settings.chat_template)
             template.check()
             with contextlib.suppress(HaomiaoError):  # a template may want more than this to warm up with
+                tokenizer.encode_part("warm up " * 4096, True)  # long enough for the library's own tokenizer
                 encode_chat(tokenizer, template, [{"role": "user", "content": "x"}])
             self._longest = max(1, *(len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size)))
             self._template = template
