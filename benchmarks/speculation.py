@@ -54,6 +54,9 @@ class FixedLength(StepCosts):
     def ratio(self, name: str, tokens: int) -> float:
         return 1.0
 
+    def widest(self, name: str) -> int:
+        return 99
+
     def predict(self, name: str, tokens: int) -> float:
         return 1.0 if name == "int8" else 0.0
 

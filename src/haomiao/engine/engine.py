@@ -19,6 +19,7 @@ from haomiao.engine.admission import Limits, check_request
 from haomiao.engine.batch import Share, make_batch, shape_of
 from haomiao.engine.cost import CostModel, StepShape
 from haomiao.engine.held import HeldSequences
+from haomiao.engine.monitor import Monitor
 from haomiao.engine.prefix import PrefixChain
 from haomiao.engine.random import fresh_seed
 from haomiao.engine.reporter import Reporter
@@ -26,6 +27,7 @@ from haomiao.engine.request import DoneEvent, EngineRequest, Event
 from haomiao.engine.roster import Roster
 from haomiao.engine.scheduler import SchedulerState, StepPlan
 from haomiao.engine.sequence import Job, Rows, Sequence
+from haomiao.engine.spare import spare_ns
 from haomiao.engine.speculate.speculator import Speculator
 from haomiao.engine.state import BlockPool
 from haomiao.errors import CancelledError, DeadlineError, EngineError, KvExhaustedError, OverloadError
@@ -51,10 +53,11 @@ class Engine:
         errors: Mapping[str, float] | None = None,
         max_requests: int = 1024,
         speculator: Speculator | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
         """`model_key` identifies the weights: prefix blocks of another key are never used. `name` and `errors` (the
         artifact's mean KL by point) go on receipts. `max_requests` are queued or running before `OverloadError`.
-        `speculator` drafts tokens; it is closed with the engine."""
+        `speculator` drafts tokens, `monitor` measures the live error; they are closed with the engine."""
         self.executor = executor
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.limits = Limits(executor.vocab_size, max_context, executor.kv_blocks, tuple(executor.points))
@@ -65,6 +68,9 @@ class Engine:
         self._clock = clock
         self._cost = cost
         self._speculator = speculator or Speculator(())
+        self.monitor = monitor or Monitor(0.0)
+        self.monitor.attach(executor, self.pool, self.forbid)
+        self.forbidden: frozenset[str] = frozenset()
         self._roster = Roster(self.pool, self._make_chain, self._speculator.release)
         letterhead = Letterhead(
             name, int(getattr(executor, "threads", 0)), str(getattr(executor, "isa", "")), dict(errors or {})
@@ -126,6 +132,15 @@ class Engine:
         self._accept(self._clock())
         return self._reporter.take()
 
+    def idle(self) -> bool:
+        """Do a little of what can wait, at most a step or two. False if there is nothing to do, or something is
+        asked."""
+        return not self.busy and self.monitor.work()
+
+    def forbid(self, points: frozenset[str]) -> None:
+        """The throttle must leave out these points from now on; empty: none."""
+        self.forbidden = points
+
     @property
     def busy(self) -> bool:
         """True while requests are queued or running."""
@@ -176,13 +191,14 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise `EngineError` if a KV block is lost, held twice or free while held."""
-        self._roster.check_integrity()
+        self._roster.check_integrity(self.monitor.states())
 
     def close(self) -> None:
         """Give everything back and close the executor; idempotent."""
         self._inbox.clear()
         self._roster.clear()
         self._speculator.close()
+        self.monitor.close()
         self.executor.close()
 
     def _make_chain(self, job: Job) -> PrefixChain | None:
@@ -237,6 +253,10 @@ class Engine:
         shape = StepShape(sequence.job.point, decode_tokens=1, context_tokens=sequence.length, logit_rows=1)
         return self._cost.bound(shape) or 0.0
 
+    def _spare_ns(self) -> float:
+        """Nanoseconds that may be taken now without any budget suffering; all there is where nobody has one."""
+        return spare_ns(self._clock(), self._roster, bool(self._inbox), self._next_step_ns)
+
     # ---- plan -----------------------------------------------------------------------------------------------------
 
     def _plan(self, now: int) -> StepPlan:
@@ -250,7 +270,7 @@ class Engine:
                 self._max_sequences,
             )
             step_plan = scheduler.plan(now, state, self._cost)
-            if step_plan.blocked and self.held.drop_oldest():
+            if step_plan.blocked and (self.monitor.give_way() or self.held.drop_oldest()):
                 continue
             for key in step_plan.preempt:
                 self._roster.preempt(self._roster[key])
@@ -272,6 +292,7 @@ class Engine:
             self._speculator.fill(point, shares)
             batch = make_batch(point, shares)
             result = self.executor.step(batch)
+            self.monitor.stepped(point, shares, batch, result, self._spare_ns())
         except BaseException as error:
             for share in shares:
                 share.sequence.cut(share.tokens)
@@ -306,7 +327,9 @@ class Engine:
                 for each in (sequence, *branches):
                     progress = each.consume(rows)
                     self._roster.publish(each)  # now that it holds nothing but what stands
-                    self._reporter.tell(each, progress, now)
+                    receipt = self._reporter.tell(each, progress, now)
+                    if receipt is not None:
+                        self.monitor.ended(each, receipt)
             except Exception as error:
                 self._reporter.fail(sequence.job, error, now)
             except BaseException:  # an interrupt: this request is half told, and the rest of the step not looked at
