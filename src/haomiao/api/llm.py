@@ -19,7 +19,10 @@ from haomiao.errors import EngineError, HaomiaoError, InputError, ModelNotFoundE
 from haomiao.types import F32, POINTS, Executor, KvType
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from haomiao.api.session import Session
+    from haomiao.engine.engine import Engine
     from haomiao.models.open import OpenedModel
     from haomiao.text.tokenizer import Tokenizer
 
@@ -122,7 +125,7 @@ class LLM:
         except BaseException:
             runner.close()
             raise
-        engine = Engine(
+        self._engine = engine = Engine(
             runner,
             eos_ids=self.eos_ids,
             max_context=self.max_context,
@@ -138,6 +141,28 @@ class LLM:
         self._driver = Driver(engine)
         self._idle = IdleWorker(self._driver)
         self.monitor.on_waiting = self._idle.wake
+
+    # ---- for programs that step themselves (serve) ------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Whoever steps it must be the only one: nothing else of this class may be called meanwhile."""
+        return self._engine
+
+    @property
+    def requests(self) -> RequestMaker:
+        """What makes the engine's requests out of options."""
+        return self._requests
+
+    @property
+    def files_dir(self) -> Path:
+        """Where the tokenizer's files lie."""
+        return self._opened.files_dir
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Mean KL to `full` by point, nats per token, where it was measured."""
+        return _measured_errors(self._opened)
 
     # ---- answers --------------------------------------------------------------------------------------------------
 

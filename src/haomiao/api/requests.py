@@ -61,7 +61,7 @@ class RequestMaker:
             sampling=sampling,
             point=options.get("point"),
             constraint=self._constraint(options),
-            stop=self._matcher(sampling.stop, prompt_ids),
+            stop=self.matcher(sampling.stop, prompt_ids),
             prompt_logprobs=options.get("prompt_logprobs"),
             arrival_ns=arrival,
             deadline_ns=_deadline("budget_ms", options.get("budget_ms"), arrival),
@@ -86,7 +86,7 @@ class RequestMaker:
             single["max_tokens"] = max(1, min(DEFAULT_MAX_TOKENS, self.max_context - prompt_tokens))
         return replace(base or SamplingParams(), **single)
 
-    def _matcher(self, stops: Sequence[str], prompt_ids: list[int]) -> Callable[[], StopMatcher] | None:
+    def matcher(self, stops: Sequence[str], prompt_ids: list[int]) -> Callable[[], StopMatcher] | None:
         """Makes what turns tokens into text and finds the stop strings in it."""
         if self.tokenizer is None:
             return None

@@ -146,6 +146,13 @@ class Engine:
         """True while requests are queued or running."""
         return bool(len(self._roster) or self._inbox or self._cancelled)
 
+    @property
+    def load(self) -> tuple[int, int]:
+        """Sequences that hold KV, and those that wait for it; may be asked from any thread."""
+        active = list(self._roster)
+        running = sum(1 for sequence in active if sequence.state is not None)
+        return running, len(active) - running + len(self._inbox)
+
     def run_until(self, *request_ids: int) -> list[Event]:
         """Step until these requests have ended (all, if none is named), and return every event on the way."""
         events: list[Event] = []
