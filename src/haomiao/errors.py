@@ -17,10 +17,21 @@ class HaomiaoError(Exception):
     type: ClassVar[str] = "internal_error"
     default_code: ClassVar[str] = "internal_error"
 
-    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        predicted_ms: float | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        """`predicted_ms` is what a refused budget would have to be, `retry_after_s` when the load may have passed."""
         super().__init__(" ".join(message.split()))
         self.code = code or self.default_code
         self.param = param
+        self.predicted_ms = predicted_ms
+        self.retry_after_s = retry_after_s
 
 
 class InputError(HaomiaoError):
