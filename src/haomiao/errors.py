@@ -16,6 +16,10 @@ class HaomiaoError(Exception):
     exit_code: ClassVar[int] = 1
     type: ClassVar[str] = "internal_error"
     default_code: ClassVar[str] = "internal_error"
+    predicted_ms: float | None = None
+    """Of a refused budget: what the answer would have taken."""
+    retry_after_ms: float | None = None
+    """Of an overload: when trying again may help."""
 
     def __init__(
         self,
@@ -24,14 +28,13 @@ class HaomiaoError(Exception):
         code: str | None = None,
         param: str | None = None,
         predicted_ms: float | None = None,
-        retry_after_s: float | None = None,
+        retry_after_ms: float | None = None,
     ) -> None:
-        """`predicted_ms` is what a refused budget would have to be, `retry_after_s` when the load may have passed."""
         super().__init__(" ".join(message.split()))
         self.code = code or self.default_code
         self.param = param
         self.predicted_ms = predicted_ms
-        self.retry_after_s = retry_after_s
+        self.retry_after_ms = retry_after_ms
 
 
 class InputError(HaomiaoError):
@@ -123,6 +126,13 @@ class KvExhaustedError(OverloadError):
 
     status = 503
     default_code = "kv_exhausted"
+
+
+class NotReadyError(OverloadError):
+    """The engine is loading, restarting, or was given up after too many crashes; or the server is draining."""
+
+    status = 503
+    default_code = "not_ready"
 
 
 class DeadlineError(HaomiaoError):

@@ -143,6 +143,21 @@ def test_a_neighbour_in_the_middle_of_an_answer_moves_the_throttle() -> None:
     assert set(points_of(events, request_id)) == {"int8", "int4"}, "and so does every token"
 
 
+def test_a_forbidden_point_is_left_at_once() -> None:
+    engine, clock, _ = world()
+    request_id = engine.submit(ask(prompt_of(20), max_tokens=20, ignore_eos=True, deadline_ns=within(clock, 22)))
+    events = [event for _ in range(3) for event in engine.step()]
+    engine.forbid({"int4"})
+    events += engine.run_until()
+    schedule = [entry.point for entry in done_of(events, request_id).receipt.schedule]
+    assert schedule == ["int4", "int8"]
+    explicit = engine.submit(ask(prompt_of(5), max_tokens=3, point="int4"))
+    assert set(points_of(engine.run_until(), explicit)) == {"int4"}
+    engine.forbid(())
+    again = engine.submit(ask(prompt_of(20), max_tokens=20, ignore_eos=True, deadline_ns=within(clock, 20)))
+    assert "int4" in points_of(engine.run_until(), again)
+
+
 def test_the_schedule_fixes_the_bits_and_reuse_does_not() -> None:
     """After a switch nothing is published: whoever comes next computes what its own points would have given."""
     engine, clock, times = world(max_step_tokens=512)
@@ -241,19 +256,17 @@ def test_refusals_say_what_it_would_take_and_leave_nothing() -> None:
     with pytest.raises(BudgetError) as impossible:
         engine.submit(ask(prompt_of(60), max_tokens=20, deadline_ns=within(clock, 2)))
     assert impossible.value.status == 422 and 12 < (impossible.value.predicted_ms or 0) < 14
-    busy = [
-        engine.submit(ask(prompt_of(60, seed), max_tokens=40, deadline_ns=within(clock, 75), on_budget="refuse"))
-        for seed in range(1)
-    ]
+    whole = {"max_tokens": 40, "on_budget": "refuse", "ignore_eos": True}
+    busy = [engine.submit(ask(prompt_of(60, 1), deadline_ns=within(clock, 64), **whole))]
     with pytest.raises(OverloadError) as overloaded:
-        engine.submit(ask(prompt_of(60, 7), max_tokens=40, deadline_ns=within(clock, 75), on_budget="refuse"))
-    assert overloaded.value.status == 429 and (overloaded.value.retry_after_s or 0) > 0
+        engine.submit(ask(prompt_of(60, 7), deadline_ns=within(clock, 64), **whole))
+    assert overloaded.value.status == 429 and (overloaded.value.retry_after_ms or 0) > 0
     assert len(machine.batches) == 0, "refused before anything was computed"
     events = engine.run_until()
     assert done_of(events, busy[0]).receipt.outcome == "met"
     refused = [receipt for receipt in watcher.receipts if receipt.outcome == "refused"]
     assert len(refused) == 2 and all(receipt.predicted_ms > receipt.budget_ms for receipt in refused)
-    engine.submit(ask(prompt_of(60, 8), max_tokens=40, deadline_ns=within(clock, 75), on_budget="refuse"))
+    engine.submit(ask(prompt_of(60, 8), deadline_ns=within(clock, 64), **whole))
     assert engine.pool.available == engine.pool.blocks or engine.pool.cached
 
 
@@ -295,7 +308,7 @@ def request_of(asked: dict[str, Any], clock: Clock) -> EngineRequest:
 
 
 @given(asked=st.lists(ASKED, min_size=1, max_size=14), seed=st.integers(0, 2**16), chunk=st.sampled_from([32, 128]))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_admitted_request_is_missed_while_steps_stay_inside_their_bounds(
     asked: list[dict[str, Any]], seed: int, chunk: int
 ) -> None:

@@ -199,7 +199,7 @@ def test_what_an_idle_machine_cannot_do_is_infeasible() -> None:
     one = work(1, 10, 20, 5, deadline_ns=3 * MS)
     with pytest.raises(BudgetError, match=r"even an idle machine needs 3\.8 ms") as caught:
         admit(0, one, [], MACHINE, Times(slowness=9), 0, free_ns=0)
-    assert caught.value.predicted_ms == pytest.approx(3.75) and caught.value.retry_after_s is None
+    assert caught.value.predicted_ms == pytest.approx(3.75) and caught.value.retry_after_ms is None
     whole = replace(one, least=20, deadline_ns=11 * MS)
     with pytest.raises(BudgetError, match=r"12\.0 ms"):
         admit(0, whole, [], MACHINE, Times(), 0, free_ns=0)
@@ -212,7 +212,7 @@ def test_what_only_the_load_forbids_may_come_again() -> None:
     one = work(1, 10, 20, 5, deadline_ns=10 * MS)
     with pytest.raises(OverloadError, match="beside 0 other requests") as caught:
         admit(0, one, [], MACHINE, Times(slowness=4), 0, free_ns=0)
-    assert caught.value.predicted_ms == pytest.approx(15.0) and caught.value.retry_after_s == pytest.approx(0.05)
+    assert caught.value.predicted_ms == pytest.approx(15.0) and caught.value.retry_after_ms == pytest.approx(50)
     with pytest.raises(OverloadError):
         admit(0, one, [], MACHINE, Times(), 0, free_ns=8 * MS)
 

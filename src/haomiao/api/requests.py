@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choice", "json_object")
 BUDGETS = ("budget_ms", "ttft_ms", "on_budget", "min_point", "max_kl")
-OTHERS = ("point", "sampling", "prompt_logprobs", "salt", *BUDGETS)
+OTHERS = ("point", "sampling", "prompt_logprobs", "salt", "speculate", *BUDGETS)
 SAMPLING = tuple(field.name for field in fields(SamplingParams))
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 MAX_BUDGET_MS = 86_400_000
@@ -71,10 +71,11 @@ class RequestMaker:
             sampling=sampling,
             point=options.get("point"),
             constraint=self._constraint(options),
-            stop=self._matcher(sampling.stop, prompt_ids),
+            stop=self.matcher(sampling.stop, prompt_ids),
             prompt_logprobs=options.get("prompt_logprobs"),
             close=self.sentence_close() if budget.get("deadline_ns") is not None else None,
             salt=options.get("salt", b""),
+            speculate=options.get("speculate"),
             **budget,
             **more,
         )
@@ -122,7 +123,7 @@ class RequestMaker:
             single["max_tokens"] = max(1, min(DEFAULT_MAX_TOKENS, self.max_context - prompt_tokens))
         return replace(base or SamplingParams(), **single)
 
-    def _matcher(self, stops: Sequence[str], prompt_ids: list[int]) -> Callable[[], StopMatcher] | None:
+    def matcher(self, stops: Sequence[str], prompt_ids: list[int]) -> Callable[[], StopMatcher] | None:
         """Makes what turns tokens into text and finds the stop strings in it."""
         if self.tokenizer is None:
             return None

@@ -1,7 +1,8 @@
 """Measure how fast a model runs on this machine, beside the machine's own ceilings.
 
 Prompts are random token ids, so no tokenizer is needed; end-of-sequence is ignored. The ceilings are measured first,
-with the same threads: sequential reads from memory, and int8 multiply-adds.
+with the same threads: sequential reads from memory, and int8 multiply-adds. Nothing is drafted unless --speculate says
+so: random prompts lead models into loops, whose speed is nobody's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ def configure(parser: ArgumentParser) -> None:
     add = parser.add_argument
     options.add_model(parser)
     options.add_runtime(parser)
+    options.add_speculation(parser, "off")
     add("--prompt-tokens", type=options.positive, default=512, help="default 512")
     add("--new-tokens", type=options.positive, default=64, help="default 64")
     add("--streams", type=options.positive, default=1, help="requests at once (default 1)")
@@ -40,6 +42,7 @@ def run(args: Namespace) -> int:
     workload.check()
     # each stream holds a prompt and an answer; a context of its own keeps a long default from being allocated
     given.setdefault("max_context", workload.prompt_tokens + workload.new_tokens)
+    given.setdefault("speculate", "off")
     with terminal.ProgressBar(quiet=args.quiet) as bar:
         llm = LLM(model, progress=bar, prefix_cache=False, **given)
         try:
@@ -55,6 +58,7 @@ def run(args: Namespace) -> int:
                 ceilings=ceilings,
                 **reads(llm, workload),
             )
+            report["speculate"] = given["speculate"]
         finally:
             llm.close()
     if args.json:

@@ -146,7 +146,7 @@ def admit(
             f"{_budget(work)} cannot be kept now, beside {len(others)} other requests: "
             f"it would take {needed / 1e6:.1f} ms",
             predicted_ms=needed / 1e6,
-            retry_after_s=_retry_after(now, work, before, loaded, finish.end_ns),
+            retry_after_ms=_retry_after(now, work, before, loaded, finish.end_ns),
         )
     forecast_ns = whole[work.key].end_ns
     end = now + int((forecast_ns - now) * stretch) if forecast_ns < NEVER else NEVER
@@ -184,13 +184,13 @@ def _late_by(work: Work, first_ns: int, end_ns: int) -> int:
 
 
 def _retry_after(now: int, work: Work, others: Sequence[Work], loaded: Mapping[int, Finish], end_ns: int) -> float:
-    """Seconds after which a request like this one may find room: as long as it would be late, else until the first of
-    the others is done."""
+    """Milliseconds after which a request like this one may find room: as many as it would be late, else until the first
+    of the others is done."""
     late = end_ns - (work.deadline_ns or work.due_ns)
     if late <= 0:
         ends = [loaded[other.key].end_ns for other in others]
         late = min((end for end in ends if end > now), default=now) - now
-    return round(min(max(late / 1e9, 0.05), 60.0), 3)
+    return round(min(max(late / 1e6, 50.0), 60_000.0), 1)
 
 
 def _budget(work: Work) -> str:

@@ -73,6 +73,7 @@ class Budgets:
         self._chunk: int | None = None
         self._reviewed: tuple[int, frozenset[int]] = (0, frozenset())
         self._rested_ns = 0
+        self._forbidden: frozenset[str] = frozenset()
 
     # ---- admit ----------------------------------------------------------------------------------------------------
 
@@ -143,9 +144,17 @@ class Budgets:
         self.gear = throttle.choose(now, works, self._machine(), self._cost, self.gear, self._floor(works))
         return self.gear
 
+    def forbid(self, points: Iterable[str]) -> None:
+        """Run at none of these points any more, but for requests that ask for exactly that one. The most accurate point
+        is never forbidden; an empty set allows all again."""
+        self._forbidden = frozenset(points)
+
     def point_of(self, job: Job) -> str:
         """Where the job runs in the present gear."""
-        return self.ladder[min(max(self.gear.level, job.top), job.bottom)]
+        level = min(max(self.gear.level, job.top), job.bottom)
+        while level and self.ladder[level] in self._forbidden and self.ladder[level] != job.request.point:
+            level -= 1
+        return self.ladder[level]
 
     def chunk_tokens(self) -> int | None:
         """Prefill tokens of one step, at most: a quarter of the tightest budget seen lately; None without budgets."""

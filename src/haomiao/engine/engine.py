@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 
 from haomiao.engine import scheduler
@@ -29,6 +29,7 @@ from haomiao.engine.request import DoneEvent, EngineRequest, Event
 from haomiao.engine.roster import Roster
 from haomiao.engine.scheduler import SchedulerState, StepPlan
 from haomiao.engine.sequence import Job, Rows, Sequence
+from haomiao.engine.speculate.speculator import Speculator
 from haomiao.engine.state import BlockPool
 from haomiao.errors import (
     BudgetError,
@@ -64,10 +65,12 @@ class Engine:
         cost: LearningCost | None = None,
         errors: Mapping[str, float] | None = None,
         max_requests: int = 1024,
+        speculator: Speculator | None = None,
     ) -> None:
         """`model_key` identifies the weights: prefix blocks of another key are never used. `name` and `errors` (the
         artifact's mean KL by point) go on receipts. `point` is where requests run, `points` are those that a budget may
-        lower them to (default: all of the executor's). `max_requests` are queued or running before `OverloadError`."""
+        lower them to (default: all of the executor's). `max_requests` are queued or running before `OverloadError`.
+        `speculator` drafts tokens; it is closed with the engine."""
         self.executor = executor
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.limits = Limits(executor.vocab_size, max_context, executor.kv_blocks, tuple(executor.points))
@@ -86,7 +89,8 @@ class Engine:
             cost=cost,
         )
         self._round: tuple[StepShape, int, int] | None = None  # the last step: its shape, its beginning, its end
-        self._roster = Roster(self.pool, self._name_blocks)
+        self._speculator = speculator or Speculator(())
+        self._roster = Roster(self.pool, self._name_blocks, self._speculator.release)
         letterhead = Letterhead(
             name, int(getattr(executor, "threads", 0)), str(getattr(executor, "isa", "")), dict(errors or {})
         )
@@ -136,14 +140,18 @@ class Engine:
         self._take_in(now)
         self._hasten(now)
         works = self._works()
+        self._steer(now, works)
+        self._speculator.propose(now, self._roster, self.executor.max_step_tokens)
         step_plan = self._plan(now, works)
         shares = self._roster.make_room(step_plan, now)
         shape = shape_of(step_plan.point, shares)
         self._announce(shape, shares, works, now)
         result = self._run(step_plan.point, shares)
+        drafted = any(share.sequence.draft for share in shares)
         if result is not None:
             self._emit(step_plan.point, shares, result)
-            self._round = shape, now, max(self._clock(), now + result.elapsed_ns)
+            if not drafted:  # what a drafting round costs is the speculator's account
+                self._round = shape, now, max(self._clock(), now + result.elapsed_ns)
         if not len(self._roster):
             self._announce(shape, [], [], self._clock())
         return self._reporter.take()
@@ -159,6 +167,13 @@ class Engine:
     def busy(self) -> bool:
         """True while requests are queued or running."""
         return bool(len(self._roster) or self._inbox or self._cancelled)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Sequences that hold KV, and those that wait for it; may be asked from any thread."""
+        active = list(self._roster)
+        running = sum(1 for sequence in active if sequence.state is not None)
+        return running, len(active) - running + len(self._inbox)
 
     def run_until(self, *request_ids: int) -> list[Event]:
         """Step until these requests have ended (all, if none is named), and return every event on the way."""
@@ -203,6 +218,10 @@ class Engine:
         """Forget it; a request that runs in it goes on alone."""
         self.held.close(session)
 
+    def forbid(self, points: Iterable[str]) -> None:
+        """Keep the throttle off these points (`Budgets.forbid`)."""
+        self.budgets.forbid(points)
+
     def check_integrity(self) -> None:
         """Raise `EngineError` if a KV block is lost, held twice or free while held."""
         self._roster.check_integrity()
@@ -211,6 +230,7 @@ class Engine:
         """Give everything back and close the executor; idempotent."""
         self._inbox.clear()
         self._roster.clear()
+        self._speculator.close()
         self.executor.close()
 
     def _name_blocks(self, job: Job) -> PrefixNames | None:
@@ -228,8 +248,9 @@ class Engine:
     def _accept(self, request: EngineRequest) -> Job:
         """A job out of a request that contradicts nothing."""
         check_request(request, self.limits)
+        self._speculator.check(request.speculate)
         if len(self._roster.jobs) + len(self._inbox) >= self._max_requests:
-            raise OverloadError(f"{self._max_requests} requests are queued or running already", retry_after_s=1.0)
+            raise OverloadError(f"{self._max_requests} requests are queued or running already", retry_after_ms=1000.0)
         now = self._clock()
         seed = request.sampling.seed
         return Job(
@@ -303,14 +324,19 @@ class Engine:
 
     # ---- plan -----------------------------------------------------------------------------------------------------
 
+    def _steer(self, now: int, works: list[Work]) -> None:
+        """Set the throttle, and with it the point of everybody."""
+        self.budgets.steer(now, works)
+        for sequence in self._roster:
+            sequence.point = self.budgets.point_of(sequence.job)
+
     def _plan(self, now: int, works: list[Work]) -> StepPlan:
         """Ask the scheduler; make room and ask again while KV is what is missing."""
-        gear = self.budgets.steer(now, works)
-        waiting = set() if gear.guests else {work.key for work in works if work.guest}
+        waiting = set() if self.budgets.gear.guests else {work.key for work in works if work.guest}
         while len(self._roster):
             state = SchedulerState(
                 tuple(
-                    self._roster.view(sequence, self.budgets.point_of(sequence.job), waits=sequence.key in waiting)
+                    self._roster.view(sequence, sequence.point, waits=sequence.key in waiting)
                     for sequence in self._roster
                 ),
                 self.pool.available,
@@ -360,8 +386,9 @@ class Engine:
         """Run the step. If the executor fails, every request of the step fails, and no other."""
         if not shares:
             return None
-        batch = make_batch(point, shares)
         try:
+            self._speculator.fill(point, shares)
+            batch = make_batch(point, shares)
             result = self.executor.step(batch)
         except BaseException as error:
             for share in shares:
@@ -372,6 +399,7 @@ class Engine:
                 self._reporter.fail(job, error, self._clock())
             return None
         self._reporter.stepped(batch, result)
+        self._speculator.observe(point, shares, result.elapsed_ns)
         return result
 
     # ---- emit -----------------------------------------------------------------------------------------------------
@@ -388,13 +416,13 @@ class Engine:
             rows = Rows(sequence.length - share.rows, logits[first:row], argmax[first:row]) if share.rows else None
             try:
                 sequence.account(point, share.tokens)
-                if sequence.names is not None:
-                    sequence.names.publish(self.pool, sequence.tokens, sequence.state, sequence.origin)
                 branches = sequence.branches()
                 for branch in branches:
                     self._roster.enter(branch, past=sequence)
                 for each in (sequence, *branches):
-                    self._reporter.tell(each, each.consume(rows), now)
+                    progress = each.consume(rows)
+                    self._roster.publish(each)  # now that it holds nothing but what stands
+                    self._reporter.tell(each, progress, now)
             except Exception as error:
                 self._reporter.fail(sequence.job, error, now)
             except BaseException:  # an interrupt: this request is half told, and the rest of the step not looked at
@@ -402,3 +430,4 @@ class Engine:
                     later.sequence.cut(later.tokens)
                 self._reporter.fail(sequence.job, CancelledError("the request was interrupted"), now)
                 raise
+        self._speculator.settle(point, shares)

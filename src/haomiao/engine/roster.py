@@ -24,13 +24,20 @@ from haomiao.types import KV_BLOCK_TOKENS
 class Roster:
     """Live jobs by id, live sequences by key, in order of arrival."""
 
-    def __init__(self, pool: BlockPool, name_blocks: Callable[[Job], PrefixNames | None]) -> None:
-        """`name_blocks` names the prefix blocks of a request; it gives None where none are to be shared."""
+    def __init__(
+        self,
+        pool: BlockPool,
+        name_blocks: Callable[[Job], PrefixNames | None],
+        gone: Callable[[int], None] = lambda key: None,
+    ) -> None:
+        """`name_blocks` names the prefix blocks of a request; it gives None where none are to be shared. `gone` is told
+        the key of every sequence that leaves."""
         self.pool = pool
         self.held = HeldSequences()
         self.jobs: dict[int, Job] = {}
         self._active: dict[int, Sequence] = {}
         self._name_blocks = name_blocks
+        self._gone = gone
         self._keys = itertools.count(1)
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -83,6 +90,7 @@ class Roster:
         """Let a sequence go: its KV is given back, or left to the session it ran in."""
         job, state = sequence.job, sequence.state
         del self._active[sequence.key]
+        self._gone(sequence.key)
         sequence.state = None
         job.open -= 1
         if state is not None:
@@ -144,14 +152,21 @@ class Roster:
             except KvExhaustedError:
                 self.preempt(sequence)
                 continue
+            sequence.draft = sequence.draft[: max(0, sequence.length - sequence.target)]
             if sequence.job.started_ns is None:
                 sequence.job.started_ns = now
             sequence.last_served_ns = now
             shares.append(Share(sequence, tokens, rows))
         return shares
 
+    def publish(self, sequence: Sequence) -> None:
+        """Let others find the sequence's full blocks, all of whose tokens must be its own."""
+        if sequence.names is not None and sequence.state is not None:
+            sequence.names.publish(self.pool, sequence.tokens, sequence.state, sequence.origin)
+
     def preempt(self, sequence: Sequence) -> None:
         """Take a sequence's KV away; it is computed again when its turn comes."""
+        sequence.draft = []
         if sequence.state is not None:
             sequence.state.release()
             sequence.state = None
