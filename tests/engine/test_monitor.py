@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haomiao.engine.cost import CostModel
 from haomiao.engine.driver import Driver
 from haomiao.engine.engine import Engine
 from haomiao.engine.idle import IdleWorker
 from haomiao.engine.monitor import ENOUGH, Monitor, Tally
-from haomiao.engine.spare import spare_ns
+from haomiao.engine.throttle import Gear
 from haomiao.errors import InputError
 from haomiao.metrics.divergence import kl_divergence
 from haomiao.types import StepBatch
 from tests.engine.fakes import Clock, ask, done_of, make_engine, prompt_of, tokens_of
+from tests.engine.test_deadlines import Machine, Times
 from tests.engine.test_speculation import LikeMinded, run, speculating
 
 MS = 1_000_000
@@ -130,31 +130,37 @@ def test_a_replay_gives_way_to_whoever_needs_its_kv() -> None:
 
 
 def test_shadow_work_waits_where_a_budget_might_suffer() -> None:
-    for budget_ms, looked_at in ((2.0, False), (100_000.0, True)):
+    """On an invented machine whose costs are known: 1 ms a step, and bounds of 1.3 times that."""
+    for budget_ms, looked_at in ((9.0, False), (1000.0, True)):
         clock = Clock()
-        cost = CostModel(minimum=4, refit=4)
-        engine = watched(cost=cost, clock=clock)
-        engine.run_until(engine.submit(ask(prompt_of(20), max_tokens=20, point="int4", ignore_eos=True)))
-        before, skipped = engine.monitor.step_figures()["int4"].samples, engine.monitor.skipped
+        times = Times()
+        machine = Machine(clock, times, lambda: 1.0)
+        engine = make_engine(machine, clock=clock, cost=times, monitor=Monitor(1.0, clock=clock))
         deadline = clock.now + int(budget_ms * MS)
-        engine.submit(ask(prompt_of(5), max_tokens=10, point="int4", deadline_ns=deadline, ignore_eos=True))
-        for _ in range(4):
-            engine.step()
-        assert (engine.monitor.step_figures()["int4"].samples > before) == looked_at
-        assert (engine.monitor.skipped > skipped) != looked_at
+        request = ask(prompt_of(5), max_tokens=10, point="int4", deadline_ns=deadline, ignore_eos=True)
+        done = done_of(engine.run_until(engine.submit(request)), 1)
+        assert done.receipt.outcome == "met" and done.finish_detail == "max_tokens"
+        assert (done.receipt.step_kl is not None) == looked_at
+        assert (engine.monitor.skipped > 0) != looked_at
+        slowest = max(spent for spent in times.observed)
+        assert slowest <= 0.5 * MS * (1 + 1 / 20 * 5) + 1, "a shadow run is not taken for a slow step"
 
 
 def test_spare_time() -> None:
-    engine = make_engine()
-    assert spare_ns(0, [], False, lambda _: 1.0) == math.inf and spare_ns(0, [], True, lambda _: 1.0) == 0.0
+    engine = make_engine(cost=Times())
+    assert engine._spare_ns() == math.inf and engine.idle() is False
     now = engine._clock()
     engine.submit(ask(prompt_of(4), max_tokens=10, deadline_ns=now + 3_600_000 * MS))
+    assert engine._spare_ns() == 0.0, "nobody has looked at that one yet"
     engine.settle()
-    live = list(engine._roster)
-    assert spare_ns(now, live, False, lambda _: 0.0) == 0.0, "nothing is known about time"
-    assert 0 < spare_ns(now, live, False, lambda _: MS) < 3_600_000 * MS - 10 * MS
-    assert spare_ns(now + 3_600_000 * MS, live, False, lambda _: MS) == 0.0
-    assert engine.idle() is False
+    assert 0 < engine._spare_ns() < 3_600_000 * MS - 10 * MS
+    engine.submit(ask(prompt_of(4), max_tokens=10, itl_ns=2 * MS))
+    engine.settle()
+    assert engine._spare_ns() <= 2 * MS
+    blind = make_engine()
+    blind.submit(ask(prompt_of(4), max_tokens=10, deadline_ns=blind._clock() + 3_600_000 * MS))
+    blind.settle()
+    assert blind._spare_ns() == 0.0, "nothing is known about time"
 
 
 def test_the_limit_takes_points_away_and_gives_them_back() -> None:
@@ -169,7 +175,17 @@ def test_the_limit_takes_points_away_and_gives_them_back() -> None:
     engine.run_until(engine.submit(ask(prompt_of(40, 4), max_tokens=430, point="int8", ignore_eos=True)))
     engine.run_until(engine.submit(ask(prompt_of(40, 5), max_tokens=430, point="int8", ignore_eos=True)))
     assert told[-1] == frozenset(), "at the most accurate point the forbidden one is still looked at"
-    assert engine.forbidden == frozenset()
+
+
+def test_the_limit_reaches_the_throttle() -> None:
+    engine = watched(limit=0.05)
+    engine.monitor._forbid(frozenset({"int4"}))
+    job = engine._accept(ask(prompt_of(4), max_tokens=4))
+    engine.budgets.describe(job)
+    engine.budgets.gear = Gear(level=1)
+    assert engine.budgets.point_of(job) == "int8"
+    engine.monitor._forbid(frozenset())
+    assert engine.budgets.point_of(job) == ("int4" if job.bottom else "int8")
 
 
 def test_a_shadow_that_fails_ends_the_watching_and_nothing_else() -> None:

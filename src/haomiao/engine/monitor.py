@@ -134,24 +134,28 @@ class Monitor:
 
     # ---- live -----------------------------------------------------------------------------------------------------
 
-    def stepped(self, point: str, shares: list[Share], batch: StepBatch, result: StepResult, spare_ns: float) -> None:
-        """A step was computed and not consumed yet; perhaps look at one of its sequences. `spare_ns` may be spent."""
+    def stepped(
+        self, point: str, shares: list[Share], batch: StepBatch, result: StepResult, spare_ns: Callable[[], float]
+    ) -> bool:
+        """A step was computed and not consumed yet; perhaps look at one of its sequences, if that may take so long by
+        `spare_ns`. True if time was taken."""
         other = self._other(point)
         self._count += 1
         if other is None or uniform(self._seed, self._count) >= self.rate:
-            return
+            return False
         eligible = [
             index
             for index, share in enumerate(shares)
             if share.rows and share.tokens <= KV_BLOCK_TOKENS and isinstance(share.sequence, Generation)
         ]
         if not eligible:
-            return
-        if spare_ns < _CAUTION * max(self._took_ns, 4.0 * result.elapsed_ns):
+            return False
+        if spare_ns() < _CAUTION * max(self._took_ns, 4.0 * result.elapsed_ns):
             self.skipped += 1
-            return
+            return False
         index = eligible[int(uniform(self._seed, self._count, 1) * len(eligible))]
         self._look(point, other, index, shares, batch, result)
+        return True
 
     def _other(self, point: str) -> str | None:
         """With what a step at `point` is compared: the most accurate point, and at that one a point that is forbidden,

@@ -93,7 +93,7 @@ class Speculator:
         decoding: dict[str, list[Generation]] = {}
         for sequence in everyone:
             if isinstance(sequence, Generation) and _decodes(sequence):
-                decoding.setdefault(sequence.job.point, []).append(sequence)
+                decoding.setdefault(sequence.point, []).append(sequence)
         if not self.allowance.open or self._in_a_row >= PLAIN_EVERY - 1:
             self._in_a_row = 0
             return
