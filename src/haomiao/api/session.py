@@ -98,12 +98,16 @@ class Session:
         ticket = self._llm._driver.submit(self._request(options))
         return _SessionStream(ticket, self._remember if remember else None)
 
-    def choose(self, options: Sequence[str], *, normalize: bool = False, point: str | None = None) -> Choice:
+    def choose(
+        self, options: Sequence[str], *, normalize: bool = False, point: str | None = None, **budget: Any
+    ) -> Choice:
         """The option that the model finds likeliest after what was fed (`LLM.choose`)."""
+        fields = self._maker.budget_of_choice(budget)
         if isinstance(options, str) or not options or not all(isinstance(each, str) and each for each in options):
             raise InputError("options must be a sequence of strings that are not empty", param="options")
         prompt, tails = shared_beginning(self.token_ids, [self._ids_with(option) for option in options])
-        return self._llm._choose(prompt, tails, options, normalize=normalize, point=point, session=self._open_id())
+        session = self._open_id()
+        return self._llm._choose(prompt, tails, options, normalize=normalize, point=point, session=session, **fields)
 
     def close(self) -> None:
         """Give its memory back; idempotent."""
