@@ -4,10 +4,10 @@
     python benchmarks/realtime.py model.gguf --name qwen2.5-0.5b --words 300
 
 Starts `haomiao serve` and speaks to it over loopback. In every turn a text of so many words is said word by word and
-read ahead; then the last word, the commit and the request for an answer are sent together, and the clock runs from that
-moment to the first delta. The same text is then sent whole, to a fresh session, with another beginning so that no prefix
-is cached. The unit is a step: the median time between tokens of the same answers, as the client sees them; the target is
-1.5 of them. Speculation is off, since its steps are of other lengths. Prints medians and extremes, one JSON line last.
+read ahead; then the last word, the commit and the request for an answer are sent together, and the clock runs from
+that moment to the first delta. Another text is then sent whole, to a fresh session. The unit is a step: the median time
+between tokens of the same answers, as the client sees them; the target is 1.5 of them. Speculation is off, since its
+steps are of other lengths. Prints the ceilings first, then medians and extremes, one JSON line last.
 """
 
 from __future__ import annotations
@@ -25,7 +25,22 @@ from typing import Any
 from websockets.sync.client import ClientConnection, connect
 
 RESULTS = Path(__file__).resolve().parent / "results"
-WORDS = "the river and a small house by old trees under snow with light of morning where birds sing at dawn".split()
+WORDS = (
+    "the",
+    "river",
+    "and",
+    "small",
+    "house",
+    "by",
+    "old",
+    "trees",
+    "under",
+    "snow",
+    "light",
+    "of",
+    "morning",
+    "birds",
+)
 
 
 class Session:

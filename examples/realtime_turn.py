@@ -1,5 +1,5 @@
-"""A turn of a voice assistant over /v1/realtime: words are sent as they are recognized, one of them is corrected, and the
-answer begins as soon as the speaker has finished, inside a budget.
+"""A turn of a voice assistant over /v1/realtime: words are sent as they are recognized, one of them is corrected, and
+the answer begins as soon as the speaker has finished, inside a budget.
 
 python examples/realtime_turn.py [URL of a running `haomiao serve`]    without one, a server is started for the example
 """
@@ -12,7 +12,7 @@ import time
 
 from websockets.sync.client import connect
 
-HEARD = "Once upon a time there was a little girl who lived with her grandfather in the".split()
+SAID = "Once upon a time there was a little girl who lived with her grandfather in the"
 BUDGET_MS = 300
 
 
@@ -32,10 +32,10 @@ def hear(socket, kind):
 
 def converse(url):
     with connect(url.replace("http", "ws", 1) + "/v1/realtime", proxy=None) as socket:
-        for word in HEARD:  # each word is read while the next is being spoken
+        for word in SAID.split():  # each word is read while the next is being spoken
             say(socket, "input_text_buffer.append", text=" " + word)
             hear(socket, "input_text_buffer.computed")
-        said = " " + " ".join(HEARD)
+        said = " " + SAID
         # the recognizer thinks again: only what follows the corrected word is read again
         say(socket, "input_text_buffer.replace", start=said.index("grandfather"), text="grandmother in the")
         hear(socket, "input_text_buffer.computed")
