@@ -13,7 +13,7 @@ from haomiao.engine.request import FINISH_REASONS, DoneEvent, Event, TokenEvent
 from haomiao.engine.roster import Roster
 from haomiao.engine.sequence import Generation, Job, Progress, Reading
 from haomiao.engine.sequence import Sequence as Live
-from haomiao.errors import EngineError, HaomiaoError
+from haomiao.errors import EngineError, HaomiaoError, KvExhaustedError
 from haomiao.types import Observer, StepBatch, StepResult
 
 
@@ -98,6 +98,8 @@ def as_error(error: Exception) -> HaomiaoError:
     """What a user may see of an exception: ours as it is, anything else as an internal one."""
     if isinstance(error, HaomiaoError):
         return error
+    if isinstance(error, MemoryError):
+        return KvExhaustedError("the machine has no memory left for this request")
     failure = EngineError(f"{type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure

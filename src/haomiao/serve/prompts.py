@@ -45,6 +45,7 @@ class Prompts:
         if self.hello is not None and self.hello.files == hello.files:
             self.hello = hello
             return
+        self._pool.submit(lambda: None)  # starts the other thread now, while this one is busy
         from haomiao.text.template import ChatTemplate, encode_chat
         from haomiao.text.tokenizer import Tokenizer
 
@@ -53,11 +54,13 @@ class Prompts:
         except ModelNotFoundError:
             tokenizer = None
         if tokenizer is not None:
+            tokenizer.concurrent = True
             template = ChatTemplate.of(tokenizer)
             if self._settings.chat_template is not None:
                 template = _with_source(tokenizer, self._settings.chat_template)
             template.check()
             with contextlib.suppress(HaomiaoError):  # a template may want more than this to warm up with
+                tokenizer.encode_part("warm up " * 4096, True)  # long enough for the library's own tokenizer
                 encode_chat(tokenizer, template, [{"role": "user", "content": "x"}])
             self._longest = max(1, *(len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size)))
             self._template = template
