@@ -2,9 +2,10 @@
 well as it can be.
 
 Haomiao states a budget. llama-server knows none, so a thin proxy stands before it, inside the client and therefore
-without a hop of its own: earliest deadline first over as many requests as there are slots, what cannot be useful any more
-is turned away, and `t_max_predict_ms` is what remains when a request is let in; a choice is one token under a grammar.
-vLLM is given its priority scheduler with the deadline as priority. All stream, and the client hangs up at the deadline.
+without a hop of its own: earliest deadline first over as many requests as there are slots, what cannot be useful any
+more is turned away, and `t_max_predict_ms` is what remains when a request is let in; a choice is one token under a
+grammar. vLLM is given its priority scheduler with the deadline as priority. All stream, and the client hangs up at the
+deadline.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class EdfProxy(OpenAI):
     """Earliest deadline first before a server that has `slots` of them."""
 
     def __init__(self, slots: int, expected_ms: dict[str, float]) -> None:
-        """`expected_ms`: what a request of a class takes unloaded; what is left of a choice's budget must be as much, of
-        a text's a quarter, since a part of it is worth something."""
+        """`expected_ms`: what a request of a class takes unloaded. Of a choice's budget so much must be left, of a
+        text's a quarter of it: a part of a text is worth something."""
         super().__init__(choices=False)
         self._slots = slots
         self._expected = dict(expected_ms)

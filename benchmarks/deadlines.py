@@ -3,19 +3,19 @@
     python benchmarks/deadlines.py model.gguf --llama-server PATH --name qwen2.5-0.5b-q4_0
     python benchmarks/deadlines.py model.gguf --llama-server PATH --vllm-python PYTHON --vllm-model DIRECTORY
 
-The mix is `mixed` of `haomiao bench` (60 % four-way choices, 25 % extractions, 10 % chats, 5 % long summaries). Servers run
-one after another on all cores allowed; the client is one process beside them, counted as a neighbour.
+The mix is `mixed` of `haomiao bench` (60 % four-way choices, 25 % extractions, 10 % chats, 5 % long summaries). Servers
+run one after another on all cores allowed; the client is one process beside them, counted as a neighbour.
 
-1. Unloaded, one client: the median time of each class on each server. A class's budget is three times the *best* of them.
+1. Unloaded, one client: the median time of each class on each server. A class's budget is three times the *best* one.
 2. llama-server's `-np` is tuned: the one of --slots that answers most requests a second with as many clients. The best
    baseline's figure is the capacity that loads are multiples of.
-3. Every load and seed: open-loop Poisson (and bursts, with --arrivals), the same trace to every server. llama-server runs
-   stock, and behind an earliest-deadline proxy (benchmarks/baselines.py), which is the opponent.
+3. Every load and seed: open-loop Poisson (or bursts, with --arrivals), the same trace to every server. llama-server
+   runs stock, and behind an earliest-deadline proxy (benchmarks/baselines.py), which is the opponent.
 
-Useful attainment is the sum of scores by the deadline over all requests offered (`measure.attainment.score`). Differences
-are paired by request; intervals are bootstrapped over requests. Random weights serve for speed only: no answer is judged
-right or wrong, only in time and whole. A cell whose client was late is void and left out. Prints the machine's ceilings
-first, a row a cell, and one JSON line last, which is also written to benchmarks/results/deadlines-<name>.json.
+Useful attainment is the sum of scores by the deadline over all requests offered (`measure.attainment.score`).
+Differences are paired by request; intervals are bootstrapped over requests. Random weights serve for speed only: no
+answer is judged right or wrong, only in time and whole. A cell whose client was late is marked void. Prints the
+machine's ceilings first, a row a cell, and one JSON line last, which benchmarks/results/deadlines-<name>.json keeps.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from baselines import (
     running,
     vllm_command,
 )
-from peers import commit
+from peerlib.results import commit_of
 
 from haomiao.measure.attainment import score, summarize_load
 from haomiao.measure.load import Client, Dialect, Load, Run, model_of
@@ -273,7 +273,7 @@ def main() -> None:
         "benchmark": "deadlines",
         "model": Path(args.model).name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": commit_of(RESULTS.parent),
         "machine": describe_machine().as_dict(),
         "ceilings": ceilings.as_dict(),
         "settings": {
