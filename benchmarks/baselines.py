@@ -120,7 +120,8 @@ def running(command: list[str], port: int, log: Path, seconds: float = 240.0) ->
         url = f"http://127.0.0.1:{port}"
         try:
             until = time.monotonic() + seconds
-            while not (_answers(f"{url}/health") and _answers(f"{url}/v1/models")):
+            # llama-server lists its model before it is loaded, llama-cpp-python has no /health
+            while not (_answers(f"{url}/health", 404) and _answers(f"{url}/v1/models")):
                 if process.poll() is not None or time.monotonic() > until:
                     raise SystemExit(f"{command[0]} does not serve: {log.read_text(errors='replace')[-800:]}")
                 time.sleep(0.2)
@@ -134,10 +135,12 @@ def running(command: list[str], port: int, log: Path, seconds: float = 240.0) ->
                 process.wait()
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, *others: int) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as reply:
             return bool(reply.status == 200)
+    except urllib.error.HTTPError as error:
+        return error.code in others
     except (urllib.error.URLError, OSError):
         return False
 
@@ -152,6 +155,13 @@ def llama_command(path: str, model: str, port: int, threads: int, context: int, 
     """llama-server with so many slots, each of the whole context."""
     command = [path, "-m", model, "--host", "127.0.0.1", "--port", str(port), "-t", str(threads), "-tb", str(threads)]
     return [*command, "-np", str(slots), "-c", str(context * slots), "--no-webui", "--log-disable"]
+
+
+def llama_python_command(python: str, model: str, port: int, threads: int, context: int) -> list[str]:
+    """The server of llama-cpp-python: one request at a time, and it knows no time limit."""
+    command = [python, "-m", "llama_cpp.server", "--model", model, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--n_ctx", str(context), "--n_threads", str(threads), "--n_threads_batch", str(threads)]
+    return [*command, "--verbose", "false"]
 
 
 def vllm_command(python: str, model: str, port: int, threads: int, context: int) -> list[str]:

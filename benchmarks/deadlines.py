@@ -39,6 +39,7 @@ from baselines import (
     free_port,
     haomiao_command,
     llama_command,
+    llama_python_command,
     running,
     vllm_command,
 )
@@ -145,6 +146,12 @@ def contenders(args: argparse.Namespace, folder: Path, mix: Mix) -> list[Contend
         found.append(Contender(f"llama-server -np {best}", command, lambda expected: Stock()))
         for contender in found[1:]:
             contender.capacity = rates[best]
+    if args.llama_python:
+
+        def one_by_one(port: int) -> list[str]:
+            return llama_python_command(args.llama_python, args.model, port, threads, CONTEXT)
+
+        found.append(Contender("llama-cpp-python + EDF", one_by_one, lambda expected: EdfProxy(1, expected)))
     if args.vllm_python:
         found.append(
             Contender(
@@ -247,6 +254,7 @@ def main() -> None:
     add("model", help="GGUF file that all read")
     add("--name", help="of the result file; default: the model's name")
     add("--llama-server", metavar="PATH")
+    add("--llama-python", metavar="PYTHON", help="interpreter with llama-cpp-python[server], where no llama-server is")
     add("--vllm-python", metavar="PYTHON", help="interpreter with vLLM for the CPU")
     add("--vllm-model", metavar="DIRECTORY", help="the same weights as a Hugging Face directory")
     add("--points", default="int8,int4", help="of ours; int4 for a file whose codes have four bits (default int8,int4)")
