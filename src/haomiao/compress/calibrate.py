@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +199,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         yield file
         file.flush()
     with disk_errors(path):
-        os.replace(part, path)
+        part.replace(path)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from haomiao.kernels.packed import PackedTensor
-from haomiao.measure.accuracy import measure_agreement
+from haomiao.measure.accuracy import measure_against
 from haomiao.models.plan import Plan
 from haomiao.types import F32, I32, KV_BLOCK_TOKENS, Executor, StepBatch
 
@@ -51,7 +51,6 @@ def measure_points(
     from haomiao.engine.executors.native import NativeExecutor
 
     length = held_out.shape[1]
-    found: dict[str, Any] = {}
     executor = NativeExecutor(
         plan,
         tensors,
@@ -62,21 +61,11 @@ def measure_points(
         threads=threads,
     )
     try:
-        for index, point in enumerate(points):
-            windows = reference()
-
-            def count(done: int, total: int, index: int = index) -> None:
-                if progress is not None:
-                    progress(index * total + done, len(points) * total)
-
-            agreement = measure_agreement(
-                lambda _, windows=windows: next(windows),  # type: ignore[misc]
-                lambda ids, point=point: sequence_logits(executor, ids, point),  # type: ignore[misc]
-                held_out.reshape(-1).tolist(),
-                window=length,
-                progress=count,
-            )
-            found[point] = agreement.as_dict()
+        windows = reference()
+        candidates = {point: lambda ids, point=point: sequence_logits(executor, ids, point) for point in points}
+        results = measure_against(
+            lambda _: next(windows), candidates, held_out.reshape(-1).tolist(), window=length, progress=progress
+        )
+        return {point: result.as_dict() for point, result in results.items()}
     finally:
         executor.close()
-    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -120,7 +121,7 @@ def activate(x: F32, function: ops.Activation) -> F32:
 
         exact: F32 = x * np.float32(0.5) * (1 + erf(x * np.float32(0.5**0.5)))
         return exact.astype(np.float32, copy=False)
-    z = x
+    z: Any = x
     if function == "gelu_tanh":
         z = np.float32(1.5957691216) * (x + np.float32(0.044715) * x * x * x)  # 2 sqrt(2 / pi)
     with np.errstate(over="ignore"):

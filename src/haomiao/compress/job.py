@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from haomiao import __version__
 from haomiao.compress import fold
 from haomiao.compress.calibrate import Moments, Stage, Stream, stages
 from haomiao.compress.error import measure_points
-from haomiao.compress.forward import Weights
+from haomiao.compress.forward import Buffers, Weights
 from haomiao.compress.layer import solve_layer
 from haomiao.compress.planes import drop_planes, without_lo
+from haomiao.compress.prune.masks import outlier_share, owl_shares
 from haomiao.compress.quantize.rotate import Rotation
 from haomiao.compress.recipe import Recipe
 from haomiao.compress.text import Samples, read_texts, take_samples
@@ -40,6 +41,8 @@ from haomiao.types import F32, I32
 
 RANKING_WINDOWS = 4
 """Held-out samples that rank the second planes; all of them decide."""
+SURVEY = "0000-survey"
+SURVEY_SAMPLES = 8
 SOLVE_COST = 3.0
 """Multiply-adds of solving a matrix [rows, cols], per rows * cols * cols, as progress counts them."""
 
@@ -132,6 +135,8 @@ class Job:
         """Everything that is not finished yet, stage by stage."""
         if not self.work.done("0000"):
             self._prepare()
+        if self.recipe.allocation == "owl" and not self.work.done(SURVEY):
+            self._survey()
         for index, stage in enumerate(self.stages):
             name = f"{index + 1:04d}"
             self._doing = stage.weight
@@ -165,13 +170,34 @@ class Job:
             self._tell()
         self.work.save("0000", tensors, vectors, {})
 
+    def _survey(self) -> None:
+        """OWL: how many outliers each layer has, on a few samples and with the weights as they are; then its share."""
+        self._doing = "surveying layers"
+        stream = Stream(self.plan, self.samples.calibration[:SURVEY_SAMPLES], self.work.folder, "survey")
+        stream.remove()
+        stream.place = 0
+        latest: dict[str, F32] = {}
+        weights = Weights(latest.__getitem__, self._rows, self.work.vector)
+        outliers: dict[str, float] = {}
+        for stage in self.stages:
+            moments = Moments(self.plan.weights[stage.weight].cols)
+            take = partial(_add, moments, stage.source)
+            stream.advance(stage.place, weights, consume=take, store=stage.place)
+            latest.clear()
+            latest[stage.weight] = self._weights(stage.weight)
+            outliers[stage.weight] = outlier_share(latest[stage.weight], moments.hessian())
+            self._tell()
+        stream.remove()
+        prune = next(each for each in self.recipe.prune if not each.structured)
+        self.work.save(SURVEY, {}, {}, {"outliers": outliers, "shares": owl_shares(outliers, prune.share)})
+
     def _solve_stage(self, name: str, stage: Stage, weights: F32) -> None:
         moments = Moments(weights.shape[1])
         tick = lambda tokens: self._count(stage.weight, tokens * self._token_work(stage))  # noqa: E731
         self.stream.advance(
             stage.place,
             Weights(self._solved, self._rows, self.work.vector),
-            consume=lambda buffers: moments.add(buffers[stage.source]),
+            consume=partial(_add, moments, stage.source),
             tick=tick,
         )
         magnitudes, hessian = moments.magnitudes(), moments.hessian()
@@ -181,7 +207,8 @@ class Job:
             if scaled.factors is not None:
                 weights = weights * scaled.factors
                 hessian /= np.outer(scaled.factors, scaled.factors)
-        packed, log = solve_layer(weights, hessian, self.recipe, stage.weight)
+        share = self.work.log(SURVEY)["shares"][stage.weight] if self.recipe.allocation == "owl" else None
+        packed, log = solve_layer(weights, hessian, self.recipe, stage.weight, share)
         log = {"weight": stage.weight, "tokens": moments.tokens, **log}
         if scaled.alpha is not None:
             log["awq_alpha"] = scaled.alpha
@@ -233,7 +260,8 @@ class Job:
             table.hi.reshape(table.tiles, -1)[tiles].reshape(-1),
             None if table.lo is None else table.lo.reshape(table.tiles, -1)[tiles].reshape(-1),
         )
-        return unpack(part)[where * TILE_ROWS + ids % TILE_ROWS]
+        found: F32 = unpack(part)[where * TILE_ROWS + ids % TILE_ROWS]
+        return found
 
     def _original_rows(self, name: str, ids: I32) -> F32:
         """Rows of a table of the checkpoint: those that the held-out samples use are read once."""
@@ -367,6 +395,10 @@ class Job:
         if self._progress is not None:
             name = what or self._doing
             self._progress(f"compressing {self.source.name}: {name}", int(self._done), int(self._total))
+
+
+def _add(moments: Moments, source: str, buffers: Buffers) -> None:
+    moments.add(buffers[source])
 
 
 def original_plan(source: TensorSource, length: int) -> Plan:

@@ -203,7 +203,7 @@ def _agree(recipe: Recipe, where: str) -> None:
     masks = [each for each in recipe.prune if not each.structured]
     if len(set(kinds)) != len(kinds) or len(masks) > 1:
         raise InputError(f"{where}: prune may hold each structure once, and one of tile or a pattern", param="prune")
-    if masks and recipe.method == "rtn":
+    if masks and masks[0].kind in ("tile", "sparsegpt") and recipe.method == "rtn":
         raise InputError(f"{where}: {spell(masks[0])} needs method gptq: pruning and rounding are one", param="prune")
     if recipe.allocation == "owl" and not masks:
         raise InputError(f"{where}: allocation owl needs something to prune", param="allocation")

@@ -72,6 +72,8 @@ def take_samples(
     mixed = [windows[i] for i in range(wanted) for windows in kept if i < len(windows)]
     every = max(2, min(HOLD_EVERY, (samples + held) // max(1, held)))
     measured = [i for i in range(len(mixed)) if i // max(1, len(texts)) % every == every - 1][:held]
+    if not measured and len(mixed) > 1:
+        measured = [len(mixed) - 1]
     chosen = set(measured)
     calibration = [mixed[i] for i in range(len(mixed)) if i not in chosen][:samples]
     if not calibration or not measured:
@@ -91,5 +93,5 @@ def _windows(text: str, encode: Callable[[str], list[int]], wanted: int, length:
         return [ids[:length] for ids in parts if len(ids) >= length]
     ids = encode(text)
     count = len(ids) // length
-    spread = np.linspace(0, count - 1, min(wanted, count)).astype(int) if count else []
-    return [ids[i * length : (i + 1) * length] for i in dict.fromkeys(int(i) for i in spread)]
+    chosen = dict.fromkeys(int(i) for i in np.linspace(0, max(count - 1, 0), min(wanted, count)))
+    return [ids[i * length : (i + 1) * length] for i in chosen]

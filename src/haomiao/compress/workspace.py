@@ -55,7 +55,7 @@ class Workspace:
     def _claim(self, text: str, restart: bool) -> None:
         path = self.folder / RUN_FILE
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            if not restart:
+            if not restart and any(self.folder.glob("*.stage")):
                 raise InputError(
                     f"{self.folder} holds another run (other model, recipe or text); --restart discards it",
                     code="other_run",
@@ -137,8 +137,10 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Let another process have it; idempotent."""
+        """Let another process have it; idempotent. A folder in which no stage was finished is removed."""
         if self._lock >= 0:
+            if not self._stages:
+                shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
 

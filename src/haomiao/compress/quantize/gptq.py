@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from haomiao.compress.prune.masks import Choose
 from haomiao.compress.quantize.grid import code_range, fit_scales, nearest, reciprocal
 from haomiao.compress.solver import F64, I64, Factor, eliminate, factorize
 from haomiao.kernels.pack import pack_int8, pack_planes
@@ -79,23 +80,37 @@ class GroupRounding:
     """A `solver.Policy` that rounds to a grid per row and group of neighbouring columns."""
 
     def __init__(
-        self, order: I64, rows: int, group: int, bits: int, energy: F64, scales: F32 | None, mask: B8 | None
+        self,
+        order: I64,
+        rows: int,
+        group: int,
+        bits: int,
+        energy: F64,
+        scales: F32 | None,
+        mask: B8 | None,
+        choose: Choose | None = None,
     ) -> None:
-        self.unit = group if scales is None else 128
+        self.unit = group if scales is None or choose is not None else 128
+        self.mask = np.ones((len(order), rows), np.bool_) if mask is None and choose is not None else mask
+        """Kept weights [cols, rows]; None: all."""
+        self._choose = choose
         self.codes = np.zeros((len(order), rows), np.int8)  # [cols, rows], columns as they lie in the matrix
         groups = -(-len(order) // group)
         self.scales: F32 = np.zeros((groups, rows), np.float32) if scales is None else np.ascontiguousarray(scales.T)
-        self._order, self._group, self._bits, self._mask = order, group, bits, mask
+        self._order, self._group, self._bits = order, group, bits
         self._energy = energy.astype(np.float32)
         self._refit = scales is None
         self._least, self._greatest = code_range(bits)
         self._inverse = reciprocal(self.scales)
 
     def enter(self, begin: int, block: F32, upper: F32) -> None:
-        """Fit the scales of the group that comes next, to the weights as they have become."""
+        """Choose what is pruned of the columns that come next, and fit their scales to what is left of them as it has
+        become."""
+        columns = self._order[begin : begin + len(block)]
+        if self._choose is not None and self.mask is not None:
+            self.mask[columns] &= self._choose(columns, block, upper)
         if self._refit:
-            columns = self._order[begin : begin + len(block)]
-            kept = block if self._mask is None else block * self._mask[columns]
+            kept = block if self.mask is None else block * self.mask[columns]
             index = columns[0] // self._group
             self.scales[index] = fit_scales(np.ascontiguousarray(kept.T), self._energy[columns], self._bits)
             self._inverse[index] = reciprocal(self.scales[index])
@@ -107,8 +122,8 @@ class GroupRounding:
         codes: F32 = values * self._inverse[group]
         np.rint(codes, out=codes)
         np.clip(codes, self._least, self._greatest, out=codes)
-        if self._mask is not None:
-            codes *= self._mask[at]
+        if self.mask is not None:
+            codes *= self.mask[at]
         self.codes[at] = codes
         codes *= self.scales[group]
         return codes
@@ -134,8 +149,8 @@ class SecondPlane:
         base = first.codes[at] * scales
         step = scales * np.float32(2.0**-self._shift)
         codes = nearest(values - base, step, 4)
-        if first._mask is not None:
-            codes *= first._mask[at]
+        if first.mask is not None:
+            codes *= first.mask[at]
         self.codes[at] = codes
         fixed: F32 = base + codes * step
         return fixed
@@ -152,20 +167,22 @@ def gptq(
     lo: bool = True,
     lo_shift: int | None = None,
     mask: B8 | None = None,
+    choose: Choose | None = None,
 ) -> Planes:
     """Quantize a matrix [rows, cols] whose inputs have the second moments `hessian` [cols, cols] (XᵀX / N).
 
     `lo` adds the second plane (4 bits only) with `lo_shift`, chosen by error if None. `mask` [rows, cols], False where
-    a weight must be zero: pruning and rounding are then solved together, each error reaching the survivors.
+    a weight must be zero: pruning and rounding are then solved together, each error reaching the survivors. `choose`
+    decides that as the loop comes to a group (`prune.masks.sparsegpt`).
     """
-    rows, cols = weights.shape
+    rows = len(weights)
     columns = column_order(hessian, order, group)
     factor = factorize(hessian, columns, damping=damping)
     energy = np.diagonal(hessian).copy()
     energy[energy == 0] = 1.0
     mask_t = None if mask is None else np.ascontiguousarray(mask.T)
     scales = static_scales(weights, energy, bits, group, mask) if order == "static" else None
-    policy = GroupRounding(columns, rows, group, bits, energy, scales, mask_t)
+    policy = GroupRounding(columns, rows, group, bits, energy, scales, mask_t, choose)
     target = np.ascontiguousarray(weights.T[columns], np.float32)
     error, left = _solve(target, factor, policy)
     solution = Planes(
@@ -178,7 +195,8 @@ def gptq(
         damping=factor.damping,
     )
     if lo and bits == 4:
-        shift = best_shift(weights, solution, energy, group, mask) if lo_shift is None else lo_shift
+        kept = None if policy.mask is None else np.ascontiguousarray(policy.mask.T)
+        shift = best_shift(weights, solution, energy, group, kept) if lo_shift is None else lo_shift
         second = SecondPlane(policy, shift)
         np.copyto(left, weights.T[columns])
         solution.lo_error, _ = _solve(left, factor, second)

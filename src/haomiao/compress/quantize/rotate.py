@@ -99,7 +99,7 @@ class Rotation:
 
     def matrix(self, spec: WeightSpec, values: F32) -> F32:
         """A matrix [rows, cols] of the rotated model from the checkpoint's."""
-        out = values
+        out: Any = values
         if spec.name in self._norm_of:
             out = (out * self._norms[self._norm_of[spec.name]]) @ self._turn
         if spec.name in self._values:
