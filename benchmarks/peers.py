@@ -36,6 +36,7 @@ def worker_haomiao(settings: dict[str, Any]) -> None:
         threads=settings["threads"],
         max_context=context,
         prefix_cache=False,
+        speculate="off",
     )
 
     def run(seed: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -11,10 +12,12 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bind/bind.h"
 #include "kernels/cpu.h"
+#include "kernels/head/head.h"
 #include "kernels/linear/weight.h"
 #include "kernels/quantize/rtn.h"
 #include "runtime/ceilings.h"
@@ -150,6 +153,42 @@ void read_row(const std::string& isa, const OwnedWeight& owned, int64_t row,
   kernels_of(isa).read_row(owned.weight, static_cast<int32_t>(row), out.data());
 }
 
+using OutVector = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+const HeadKernels& head_of(const std::string& isa) {
+  const HeadKernels* kernels = cpu_supports(isa.c_str()) ? head_kernels(isa.c_str()) : nullptr;
+  require(kernels != nullptr, "this machine cannot run that instruction set");
+  return *kernels;
+}
+
+// Checks what all screening kernels need, and returns the groups of 32 columns.
+size_t groups_of(const OwnedWeight& owned, int64_t tile) {
+  require(owned.weight.encoding == Encoding::planes && owned.weight.lo, "screening needs both planes");
+  require(0 <= tile && tile < (int64_t{owned.weight.rows} + kTileRows - 1) / kTileRows, "the tile is outside");
+  return static_cast<size_t>(owned.weight.padded_cols) / kGroup;
+}
+
+void lo_norms(const std::string& isa, const OwnedWeight& owned, int64_t tile, OutVector norms) {
+  require(norms.size() == groups_of(owned, tile), "norms must be [padded_cols / 32]");
+  head_of(isa).lo_norms(owned.weight, static_cast<int>(tile), norms.data());
+}
+
+void lengths(const std::string& isa, Vector x, OutVector out) {
+  require(x.size() >= 1 && x.size() <= size_t{1} << 24, "a row has 1 to 2^24 columns");
+  const size_t padded = (x.size() + kGroup - 1) / kGroup * kGroup;
+  require(out.size() * kGroup >= padded && out.size() * kGroup <= padded + 96, "lengths must be [padded_cols / 32]");
+  head_of(isa).lengths(x.data(), static_cast<int>(x.size()), static_cast<int>(out.size()) * kGroup, out.data());
+}
+
+std::pair<float, float> bound(const std::string& isa, const OwnedWeight& owned, int64_t tile, Vector norms,
+                              Vector lengths, Vector h) {
+  const size_t groups = groups_of(owned, tile);
+  require(norms.size() == groups && lengths.size() == groups && h.size() == kTileRows, "sizes differ");
+  const TileBound found =
+      head_of(isa).bound(owned.weight, static_cast<int>(tile), norms.data(), lengths.data(), h.data());
+  return {found.upper, found.seen};
+}
+
 bool quantize(Matrix x, int lo_shift, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> scales, Codes hi,
               std::optional<Codes> lo) {
   const int64_t groups = x.shape(0), group = x.shape(1);
@@ -193,6 +232,10 @@ void bind_kernels(nb::module_& m) {
   m.def("linear", linear, "isa"_a, "weight"_a, "both"_a, "activation"_a, "prepared"_a, "out"_a, "bias"_a.none(),
         "tile_begin"_a, "tile_end"_a, "out[t, row] for the rows of tiles [tile_begin, tile_end).");
   m.def("read_row", read_row, "isa"_a, "weight"_a, "row"_a, "out"_a, "One row as float32, every stored plane used.");
+  m.def("lo_norms", lo_norms, "isa"_a, "weight"_a, "tile"_a, "norms"_a, "kernels/head: bounds of a tile's lo plane.");
+  m.def("lengths", lengths, "isa"_a, "x"_a, "lengths"_a, "kernels/head: lengths of a row's groups of 32 columns.");
+  m.def("head_bound", bound, "isa"_a, "weight"_a, "tile"_a, "norms"_a, "lengths"_a, "h"_a,
+        "kernels/head: (no logit of the tile exceeds this, the greatest by the hi plane).");
   m.def("quantize_planes", quantize, "x"_a, "lo_shift"_a, "scales"_a, "hi"_a, "lo"_a.none(),
         "Round finite groups [groups, group] to codes of planes; False if a scale overflows.");
   m.def("read_bandwidth", checked_bandwidth, "threads"_a, "megabytes"_a, "seconds"_a, "Streaming read, GB/s.");

@@ -30,6 +30,7 @@ using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using IntTable = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Flags = nb::ndarray<const bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutInts = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutFloats = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -96,7 +97,7 @@ struct BoundRunner {
   }
 
   int64_t step(int64_t point, Ints token_ids, Ints span_starts, Ints past, IntTable block_tables, Ints logit_rows,
-               OutFloats logits, OutInts argmax) {
+               std::optional<Flags> greedy, OutFloats logits, OutInts argmax) {
     const Batch batch = {token_ids.data(),
                          static_cast<int64_t>(token_ids.size()),
                          span_starts.data(),
@@ -107,11 +108,13 @@ struct BoundRunner {
                          static_cast<int64_t>(block_tables.shape(0)),
                          static_cast<int64_t>(block_tables.shape(1)),
                          logit_rows.data(),
-                         static_cast<int64_t>(logit_rows.size())};
+                         static_cast<int64_t>(logit_rows.size()),
+                         greedy ? greedy->data() : nullptr};
     if (logits.shape(0) != logit_rows.size() || logits.shape(1) != static_cast<size_t>(vocab_size) ||
         argmax.size() != logit_rows.size()) {
       refuse("logits must be [rows, vocab] and argmax [rows]");
     }
+    if (greedy && greedy->size() != logit_rows.size()) refuse("greedy must be [rows]");
     int64_t elapsed = 0;
     std::string wrong;
     {
@@ -188,11 +191,12 @@ void bind_runtime(nb::module_& m) {
            "plan"_a, "isa"_a, "kv"_a, "kv_blocks"_a, "max_step_tokens"_a, "threads"_a, "pin"_a, "points"_a)
       .def("step", &BoundRunner::step, "point"_a, nb::arg("token_ids").noconvert(), nb::arg("span_starts").noconvert(),
            nb::arg("past").noconvert(), nb::arg("block_tables").noconvert(), nb::arg("logit_rows").noconvert(),
-           nb::arg("logits").noconvert(), nb::arg("argmax").noconvert())
+           nb::arg("greedy").noconvert().none(), nb::arg("logits").noconvert(), nb::arg("argmax").noconvert())
       .def("copy_blocks", &BoundRunner::copy_blocks, nb::arg("pairs").noconvert())
       .def(
           "profile", [](BoundRunner& r, bool on) { r.runner->profile(on); }, "on"_a)
       .def("last_step_profile", &BoundRunner::last_step_profile)
+      .def_prop_ro("rescored", [](const BoundRunner& r) { return r.runner->rescored(); })
       .def_prop_ro("threads", [](const BoundRunner& r) { return r.runner->threads(); })
       .def_prop_ro("isa", [](const BoundRunner& r) { return std::string(r.runner->isa()); })
       .def_prop_ro("max_context", [](const BoundRunner& r) { return r.runner->max_context(); })

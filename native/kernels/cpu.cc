@@ -46,6 +46,9 @@ Features detect() {
   if (found.avx512 && subleaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
     found.avx512_bf16 = bit(eax, 5);
   }
+#ifdef HAOMIAO_EMULATE_AVX512
+  found.avx512 = found.avx512_bf16 = found.avx2;
+#endif
   return found;
 }
 

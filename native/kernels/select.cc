@@ -16,8 +16,9 @@ const KernelTable* select_kernels(const char* forced, const char** error) {
 
     Tables() {
       for (const char* const* isa = available_isas(); *isa && count < kMostIsas; ++isa) {
-        const KernelTable table = {*isa, linear_kernels(*isa), rowwise_kernels(*isa), attention_kernels(*isa)};
-        if (table.linear && table.rowwise && table.attention) tables[count++] = table;
+        const KernelTable table = {*isa, linear_kernels(*isa), rowwise_kernels(*isa), attention_kernels(*isa),
+                                   head_kernels(*isa)};
+        if (table.linear && table.rowwise && table.attention && table.head) tables[count++] = table;
       }
     }
   } all;

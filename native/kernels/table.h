@@ -1,6 +1,7 @@
 // Dispatch once, at load: one table per process, chosen by cpuid (and what the OS enables) or forced by HAOMIAO_ISA.
 #pragma once
 #include "kernels/attention/attention.h"
+#include "kernels/head/head.h"
 #include "kernels/linear/linear.h"
 #include "kernels/rowwise/rowwise.h"
 
@@ -11,6 +12,7 @@ struct KernelTable {
   const LinearKernels* linear;
   const RowwiseKernels* rowwise;
   const AttentionKernels* attention;
+  const HeadKernels* head;
 };
 
 // The table for this machine. `forced` (or nullptr) is an isa name; returns nullptr and sets *error to one line if it

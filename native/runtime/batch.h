@@ -19,6 +19,7 @@ struct Batch {
   int64_t table_rows, table_columns;
   const int32_t* logit_rows;  // [rows]
   int64_t rows;
+  const bool* greedy;  // [rows] true where only the argmax is wanted, or nullptr: every row is wanted whole
 
   int sequences() const { return static_cast<int>(past_count); }
   int length(int sequence) const { return span_starts[sequence + 1] - span_starts[sequence]; }

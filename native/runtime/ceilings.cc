@@ -98,6 +98,12 @@ void read_all(const uint8_t* begin, size_t bytes) {
 // ---- registers only: 16 chains, more than latency times throughput of any dot product we know
 // ------------------------
 
+#ifdef HAOMIAO_EMULATE_AVX512
+constexpr bool kHasRegisters512 = false;  // the kernels are emulated, the processor is not
+#else
+constexpr bool kHasRegisters512 = true;
+#endif
+
 constexpr int kChains = 16;
 constexpr int64_t kRounds = 200000;
 
@@ -174,7 +180,7 @@ void run_scalar() {
 
 DotProduct best_dot_product() {
 #if defined(__x86_64__)
-  if (cpu_supports("avx512")) return {run_avx512, 128};
+  if (kHasRegisters512 && cpu_supports("avx512")) return {run_avx512, 128};
   if (cpu_supports("avx2")) return {run_avx2, 64};
 #elif defined(__aarch64__)
   if (cpu_supports("neon")) return {run_neon, 32};

@@ -1,5 +1,5 @@
-// Linear layers and the vocabulary head: rows are normed and prepared, tiles are divided among threads, and what
-// follows elementwise is done while a tile's outputs are still in the cache.
+// Linear layers: rows are normed and prepared, tiles are divided among threads, and what follows elementwise is done
+// while a tile's outputs are still in the cache.
 #include <algorithm>
 #include <cstring>
 
@@ -7,15 +7,10 @@
 #include "runtime/runner_limits.h"
 
 namespace haomiao {
-namespace {
-
-int tiles_of(const Weight& w) { return (w.rows + kTileRows - 1) / kTileRows; }
-
-}  // namespace
 
 // Activations of `rows` rows as the linear kernels read them. A few rows every thread prepares for itself; many are
 // divided, and all threads meet before anyone goes on.
-const uint8_t* Runner::prepare(const RowSource& source, const Weight& weight, int rows, int thread) {
+Runner::Prepared Runner::prepare(const RowSource& source, const Weight& weight, int rows, int thread) {
   const bool few = rows <= kFewTokens;
   const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
   const Share mine = few ? Share{0, rows} : share(rows, kActivationBlock, thread);
@@ -39,7 +34,7 @@ const uint8_t* Runner::prepare(const RowSource& source, const Weight& weight, in
                              weight.padded_cols, out);
   }
   if (!few) pool_.barrier();
-  return out;
+  return {out, x, stride};
 }
 
 // Rows that one pass over a thread's tiles takes: few enough that their activations stay in the cache.
@@ -55,7 +50,7 @@ void Runner::run(const LinearPhase& phase, size_t, int thread) {
   const Weight& w = weight(op.weight);
   const int tokens = static_cast<int>(batch_.tokens);
   const RowSource source = {phase.normed_by == kNone ? op.source : phase.norm_source, phase.normed_by, nullptr};
-  const uint8_t* activations = prepare(source, w, tokens, thread);
+  const uint8_t* activations = prepare(source, w, tokens, thread).activations;
   const Share tiles = share(tiles_of(w), phase.unit, thread);
   if (tiles.begin == tiles.end) return;
   const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
@@ -120,35 +115,6 @@ void Runner::finish(const LinearPhase& phase, int first_token, int tokens, int f
         kernels.glu(y + r, y + r + kTileRows, std::min(kTileRows, width - column), phase.function, target + column);
       }
     }
-  }
-}
-
-void Runner::run(const LogitsPhase& phase, size_t, int thread) {
-  const HeadOp& op = phase.head;
-  const Weight& w = weight(op.weight);
-  const int rows = static_cast<int>(batch_.rows), vocab = plan_.vocab_size;
-  if (rows == 0) return;
-  const RowSource source = {phase.normed_by == kNone ? op.source : phase.norm_source, phase.normed_by,
-                            batch_.logit_rows};
-  const uint8_t* activations = prepare(source, w, rows, thread);
-  const Share tiles = share(tiles_of(w), 1, thread);
-  const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
-  std::fill(memory.best_at, memory.best_at + rows, kNone);
-  if (tiles.begin == tiles.end) return;
-  const Activation kind = activation_of(w);
-  const int stretch = stretch_of(w, rows);
-  for (int first = 0; first < rows; first += stretch) {
-    kernels_.linear->linear({&w, point_->head, kind,
-                             activations + kernels_.linear->activation_bytes(kind, first, w.padded_cols),
-                             std::min(stretch, rows - first), tiles.begin, tiles.end, logits_ + int64_t{first} * vocab,
-                             vocab, vector(op.bias), memory.scratch});
-  }
-  const int begin = tiles.begin * kTileRows, count = std::min(tiles.end * kTileRows, vocab) - begin;
-  for (int r = 0; r < rows; ++r) {
-    float* logits = logits_ + int64_t{r} * vocab + begin;
-    if (op.scale != 1.0f || op.softcap > 0) kernels_.rowwise->scale_softcap(logits, count, op.scale, op.softcap);
-    const int32_t at = kernels_.rowwise->argmax(logits, count);
-    memory.best[r] = logits[at], memory.best_at[r] = begin + at;
   }
 }
 

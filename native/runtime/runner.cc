@@ -33,6 +33,12 @@ std::vector<int> multiplied(const Plan& plan) {
   return list;
 }
 
+// Screening leaves a plane unread, and needs logits that keep the order of their products.
+bool can_screen(const HeadOp& head, const Weight& w) {
+  return w.encoding == Encoding::planes && w.lo && head.bias == kNone && head.softcap == 0 && head.scale >= 0x1p-60f &&
+         head.scale <= 0x1p60f;
+}
+
 int64_t now_ns() {
   using Clock = std::chrono::steady_clock;
   return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
@@ -118,15 +124,24 @@ void Runner::reserve_memory() {
   const size_t activations_at = arena_.reserve(prepared);
   const size_t rows_at = arena_.reserve(tokens * static_cast<size_t>(widest_) * sizeof(float));
   const size_t partials_at = arena_.reserve(partial_capacity_ * sizeof(float));
+  for (const Op& op : plan_.ops) {
+    const HeadOp* head = std::get_if<HeadOp>(&op);
+    if (head) screened_ = !screened_ && can_screen(*head, weight(head->weight)) ? head : nullptr;
+  }
+  const size_t head_tiles = screened_ ? static_cast<size_t>(tiles_of(weight(screened_->weight))) : 0;
+  const size_t head_groups = screened_ ? static_cast<size_t>(weight(screened_->weight).padded_cols) / kGroup : 0;
+  const size_t lo_norms_at = arena_.reserve(head_tiles * head_groups * sizeof(float));
+  const size_t upper_at = arena_.reserve(head_tiles * kFewTokens * sizeof(float));
   struct Offsets {
-    size_t activations, rows, tile, scratch, best, best_at;
+    size_t activations, rows, tile, scratch, best, best_at, lengths, reached, kept;
   };
   std::vector<Offsets> threads;
   for (int t = 0; t < pool_.threads(); ++t) {
-    threads.push_back({arena_.reserve(prepared_few),
-                       arena_.reserve(kFewTokens * static_cast<size_t>(widest_) * sizeof(float)),
-                       arena_.reserve(kTileFloats * sizeof(float)), arena_.reserve(scratch),
-                       arena_.reserve(tokens * sizeof(float)), arena_.reserve(tokens * sizeof(int32_t))});
+    threads.push_back(
+        {arena_.reserve(prepared_few), arena_.reserve(kFewTokens * static_cast<size_t>(widest_) * sizeof(float)),
+         arena_.reserve(kTileFloats * sizeof(float)), arena_.reserve(scratch), arena_.reserve(tokens * sizeof(float)),
+         arena_.reserve(tokens * sizeof(int32_t)), arena_.reserve(kFewTokens * head_groups * sizeof(float)),
+         arena_.reserve(kFewTokens * sizeof(float)), arena_.reserve(head_tiles * sizeof(int32_t))});
   }
   arena_.commit();
   for (size_t b = 0; b < buffers_.size(); ++b) buffers_[b].data = arena_.at<float>(buffer_at[b]);
@@ -134,10 +149,12 @@ void Runner::reserve_memory() {
   activations_ = arena_.at<uint8_t>(activations_at);
   rows_ = arena_.at<float>(rows_at);
   partials_ = arena_.at<float>(partials_at);
+  lo_norms_ = arena_.at<float>(lo_norms_at);
+  upper_ = arena_.at<float>(upper_at);
   for (const Offsets& at : threads) {
     thread_memory_.push_back({arena_.at<uint8_t>(at.activations), arena_.at<float>(at.rows), arena_.at<float>(at.tile),
-                              arena_.at<uint8_t>(at.scratch), arena_.at<float>(at.best),
-                              arena_.at<int32_t>(at.best_at)});
+                              arena_.at<uint8_t>(at.scratch), arena_.at<float>(at.best), arena_.at<int32_t>(at.best_at),
+                              arena_.at<float>(at.lengths), arena_.at<float>(at.reached), arena_.at<int32_t>(at.kept)});
   }
 
   int64_t offset = 0;
@@ -181,6 +198,7 @@ std::string Runner::step(int64_t point, const Batch& batch, float* logits, int32
   begin_step(points_[static_cast<size_t>(point)], batch, logits);
   pool_.run(run_job, this);
   choose_argmax(argmax);
+  end_screening();
   *elapsed_ns = now_ns() - began;
   return {};
 }
@@ -196,6 +214,7 @@ void Runner::begin_step(const PointSpec& point, const Batch& batch, float* logit
     }
   }
   plan_items();
+  plan_screening();
   for (size_t i = 0; i < 2 * phases_.size(); ++i) next_[i].store(0, std::memory_order_relaxed);
 }
 

@@ -37,7 +37,7 @@ class Runner {
   Runner(Plan plan, const KernelTable& kernels, const RunnerOptions& options, std::vector<PointSpec> points);
 
   // One line that says what is wrong with the batch (nothing was done), or the empty string. logits is
-  // [rows, vocab_size], argmax [rows].
+  // [rows, vocab_size], argmax [rows]; logits of greedy rows may be left as they were.
   std::string step(int64_t point, const Batch& batch, float* logits, int32_t* argmax, int64_t* elapsed_ns);
 
   // pairs is [count][2]: (from, to). As step().
@@ -48,6 +48,10 @@ class Runner {
   int64_t kv_bytes_per_block() const { return kv_bytes_per_block_; }
   int64_t max_context() const { return plan_.max_context; }
   int64_t buffer_bytes() const { return static_cast<int64_t>(arena_.bytes()); }
+
+  // The share of the head's (row, tile) pairs that the last step computed with both planes after screening; negative if
+  // it did not screen.
+  double rescored() const { return rescored_; }
 
   // Nanoseconds of each phase of the last step, while profiling is on; [0, phases()).
   void profile(bool on) { profiling_ = on; }
@@ -62,7 +66,10 @@ class Runner {
     float* tile;           // [kTileFloats]: outputs that an epilogue takes in
     uint8_t* scratch;      // of the kernels
     float* best;           // [max tokens]: the greatest logit of this thread's share, per row
-    int32_t* best_at;
+    int32_t* best_at;      // kNone where the share is empty
+    float* lengths;        // [kFewTokens][groups of the head]: of the rows that are screened
+    float* reached;        // [kFewTokens]: a logit that the greatest is not below
+    int32_t* kept;         // [tiles of the head]
   };
   // A piece of every layer's attention: tokens of one sequence against the splits [split_begin, split_end).
   struct Item {
@@ -77,6 +84,12 @@ class Runner {
   struct RowSource {
     int buffer, norm;
     const int32_t* index;  // row r is row index[r] of the buffer, or r itself if nullptr
+  };
+  // Rows as the linear kernels read them, and as they were before; of a small step every thread has its own.
+  struct Prepared {
+    const uint8_t* activations;
+    const float* x;
+    int64_t stride;
   };
 
   void check_points() const;
@@ -99,11 +112,22 @@ class Runner {
   void fill_rope_tables(int token);
   void transform_head(const HeadWork& work, int token, int head);
   // run_linear.cc
-  const uint8_t* prepare(const RowSource& source, const Weight& weight, int rows, int thread);
+  Prepared prepare(const RowSource& source, const Weight& weight, int rows, int thread);
   int stretch_of(const Weight& weight, int rows) const;
   void multiply(const LinearPhase& phase, LinearCall call, int first_token, const Thread& memory);
   void finish(const LinearPhase& phase, int first_token, int tokens, int first_row, int rows, const float* y,
               int64_t stride);
+  // run_head.cc
+  void plan_screening();
+  void end_screening();
+  void take_best(const Thread& memory, int row, float value, int at) const;
+  void screen(const LogitsPhase& phase, const Prepared& prepared, int thread);
+  void bound_tiles(const LogitsPhase& phase, const Prepared& prepared, Share mine, const Thread& memory);
+  void multiply_head(const HeadOp& op, const Prepared& prepared, Share rows, Share tiles, bool scaled,
+                     const Thread& memory);
+  void rescore(const HeadOp& op, const Prepared& prepared, Share rows, Share tiles, const Thread& memory);
+  float needed_bound(const HeadOp& op, float reached) const;
+  bool may_win(int row, int tile, float needed) const;
   // run_attention.cc
   void plan_items();
   void divide_tile(const Item& tile, int64_t groups);
@@ -155,15 +179,23 @@ class Runner {
   int64_t widest_ = 0;
   std::vector<float*> rope_tables_;  // per rope [max tokens][dim]: cosines, sines
   float* partials_ = nullptr;
-  size_t partial_capacity_ = 0;  // floats
+  size_t partial_capacity_ = 0;       // floats
+  const HeadOp* screened_ = nullptr;  // the head, if its weights can be screened at all
+  float* lo_norms_ = nullptr;         // [tiles][groups] of the head, once lo_norms_known_
+  float* upper_ = nullptr;            // [kFewTokens][tiles]: bounds of this step's rows
+  bool lo_norms_known_ = false;
+  int unscreened_ = 0, backoff_ = 0;  // steps to go before screening is tried again; how many the last failure cost
 
   // This step's.
   Batch batch_{};
   const PointSpec* point_ = nullptr;
   float* logits_ = nullptr;
-  std::vector<int32_t> sequence_of_;               // [max tokens]
-  std::vector<int64_t> positions_;                 // [max tokens]
-  std::vector<Item> tiles_, items_;                // capacity is reserved at load
+  std::vector<int32_t> sequence_of_;  // [max tokens]
+  std::vector<int64_t> positions_;    // [max tokens]
+  std::vector<Item> tiles_, items_;   // capacity is reserved at load
+  bool screening_ = false;
+  double rescored_ = -1;
+  int64_t rescored_pairs_ = 0;                     // (row, tile) pairs
   bool split_ = false;                             // tiles are divided into items by splits, joined in a second pass
   std::unique_ptr<std::atomic<uint32_t>[]> next_;  // [2 * phases]: the next attention item, the next to merge
 

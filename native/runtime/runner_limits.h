@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/linear/linear.h"
+
 namespace haomiao {
 
 inline constexpr int64_t kMostStepTokens = 1 << 20, kMostKvBlocks = 1 << 28, kMostKvBytes = int64_t{1} << 46;
@@ -18,5 +20,13 @@ inline constexpr int kTileQueries = 64;
 // Tiles are divided by splits until every thread has about so many pieces.
 inline constexpr int kItemsPerThread = 4;
 inline constexpr size_t kMostPartialFloats = size_t{16} << 20;
+// Tiles of the head whose logits wait in a thread's cache for their bound or their argmax.
+inline constexpr int kHeadTiles = 8;
+// Screening pays while its rows together leave less than this share of the head to both planes; where they left more,
+// up to kMostUnscreened steps are computed whole before it is tried again.
+inline constexpr double kMostKept = 0.25;
+inline constexpr int kMostUnscreened = 64;
+
+inline int tiles_of(const Weight& w) { return (w.rows + kTileRows - 1) / kTileRows; }
 
 }  // namespace haomiao

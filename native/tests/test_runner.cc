@@ -136,7 +136,8 @@ std::vector<float> logits_of(Runner& runner, int tokens, int cut, int company, i
                          sequences,
                          32,
                          rows.data(),
-                         n};
+                         n,
+                         nullptr};
     int64_t ns = 0;
     const std::string wrong = runner.step(point, batch, logits.data(), argmax.data(), &ns);
     if (!wrong.empty()) std::fprintf(stderr, "%s\n", wrong.c_str());
@@ -145,6 +146,13 @@ std::vector<float> logits_of(Runner& runner, int tokens, int cut, int company, i
       const float* row = logits.data() + r * kVocab;
       for (int v = 0; v < kVocab; ++v) CHECK(row[v] <= row[argmax[static_cast<size_t>(r)]]);
     }
+    std::vector<char> greedy(static_cast<size_t>(n), 1);
+    std::vector<int32_t> screened(static_cast<size_t>(n));
+    Batch again = batch;
+    again.greedy = reinterpret_cast<const bool*>(greedy.data());
+    CHECK(runner.step(point, again, logits.data(), screened.data(), &ns).empty());
+    CHECK(screened == argmax);
+    CHECK(runner.step(point, batch, logits.data(), argmax.data(), &ns).empty());
     all.insert(all.end(), logits.begin(), logits.end());
   }
   return all;
@@ -218,7 +226,8 @@ void test_random_batches() {
                          static_cast<int64_t>(past.size()),
                          2,
                          rows.data(),
-                         static_cast<int64_t>(rows.size())};
+                         static_cast<int64_t>(rows.size()),
+                         nullptr};
     accepted += runner.step(pick({0, 1}), batch, logits.data(), argmax.data(), &ns).empty();
   }
   CHECK(accepted > 10 && accepted < 2000);

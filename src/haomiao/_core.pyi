@@ -39,6 +39,11 @@ def read_row(isa: str, weight: Weight, row: int, out: npt.NDArray[Any]) -> None:
 def quantize_planes(
     x: npt.NDArray[Any], lo_shift: int, scales: npt.NDArray[Any], hi: npt.NDArray[Any], lo: npt.NDArray[Any] | None
 ) -> bool: ...
+def lo_norms(isa: str, weight: Weight, tile: int, norms: npt.NDArray[Any]) -> None: ...
+def lengths(isa: str, x: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None: ...
+def head_bound(
+    isa: str, weight: Weight, tile: int, norms: npt.NDArray[Any], lengths: npt.NDArray[Any], h: npt.NDArray[Any]
+) -> tuple[float, float]: ...
 def read_bandwidth(threads: int, megabytes: int, seconds: float) -> float: ...
 def int8_peak(threads: int, seconds: float) -> float: ...
 
@@ -126,6 +131,7 @@ class Runner:
     max_context: int
     kv_bytes_per_block: int
     buffer_bytes: int
+    rescored: float
     def __init__(
         self,
         plan: Plan,
@@ -145,6 +151,7 @@ class Runner:
         past: npt.NDArray[Any],
         block_tables: npt.NDArray[Any],
         logit_rows: npt.NDArray[Any],
+        greedy: npt.NDArray[Any] | None,
         logits: npt.NDArray[Any],
         argmax: npt.NDArray[Any],
     ) -> int: ...

@@ -16,6 +16,10 @@ class HaomiaoError(Exception):
     exit_code: ClassVar[int] = 1
     type: ClassVar[str] = "internal_error"
     default_code: ClassVar[str] = "internal_error"
+    predicted_ms: float | None = None
+    """Of a refused budget: what the answer would have taken."""
+    retry_after_ms: float | None = None
+    """Of an overload: when trying again may help."""
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(" ".join(message.split()))
@@ -112,6 +116,13 @@ class KvExhaustedError(OverloadError):
 
     status = 503
     default_code = "kv_exhausted"
+
+
+class NotReadyError(OverloadError):
+    """The engine is loading, restarting, or was given up after too many crashes; or the server is draining."""
+
+    status = 503
+    default_code = "not_ready"
 
 
 class DeadlineError(HaomiaoError):

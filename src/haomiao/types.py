@@ -81,7 +81,8 @@ class StepBatch:
 
 @dataclass(slots=True)
 class StepResult:
-    """What one step returns. `logits` may be a view that the next step overwrites: copy what must outlive it."""
+    """What one step returns. `logits` may be a view that the next step overwrites: copy what must outlive it. Rows that
+    were `greedy` may hold anything; their argmax is exact."""
 
     logits: F32  # [rows, vocab]
     argmax: I32  # [rows] the lowest token id among the greatest logits
@@ -285,6 +286,8 @@ class Receipt:
 class Observer(Protocol):
     """Receives what happened; the engine knows nothing more about it (the monitor and the metrics are observers)."""
 
-    def on_step(self, batch: StepBatch, result: StepResult) -> None: ...
+    def on_step(self, batch: StepBatch, result: StepResult) -> None:
+        """A step was computed. `result.logits` of rows that are True in `batch.greedy` may hold anything."""
+        ...
 
     def on_finish(self, receipt: Receipt) -> None: ...

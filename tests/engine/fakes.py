@@ -74,7 +74,10 @@ class FakeExecutor:
             if len(batch.logit_rows)
             else np.zeros((0, self.vocab_size), np.float32)
         )
-        return StepResult(logits, logits.argmax(axis=1).astype(np.int32), self.step_ns)
+        argmax = logits.argmax(axis=1).astype(np.int32)
+        if batch.greedy is not None:
+            logits[batch.greedy] = np.nan  # nobody may look at them
+        return StepResult(logits, argmax, self.step_ns)
 
     def logits_of(self, history: np.ndarray) -> np.ndarray:
         """Logits [vocab] after a history int64 [tokens, 2] of (token, point)."""

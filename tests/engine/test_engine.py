@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -671,3 +672,32 @@ def test_a_prefix_whose_owner_just_lost_its_kv() -> None:
     for request, request_id in zip(requests, ids, strict=True):
         assert done_of(events, request_id).error is None
         assert collected(events, request_id) == alone(request)
+
+
+def test_rows_are_greedy_only_where_nothing_but_the_argmax_is_read() -> None:
+    executor = FakeExecutor()
+    engine = make_engine(executor)
+    plain = ask(prompt_of(40), max_tokens=4, ignore_eos=True)
+    others = [
+        ask(prompt_of(9), max_tokens=2, temperature=0.7),
+        ask(prompt_of(9), max_tokens=2, logprobs=0),
+        ask(prompt_of(9), max_tokens=2, logit_bias={3: 1.0}),
+        ask(prompt_of(9), max_tokens=2, repetition_penalty=1.1),
+        ask(prompt_of(9), max_tokens=2, frequency_penalty=0.1),
+        ask(prompt_of(9), max_tokens=2, min_tokens=2),
+        replace(ask(prompt_of(9), max_tokens=2), constraint=PatternConstraint([(3, 4), (5, 6)])),
+        replace(ask(prompt_of(9), max_tokens=2), prompt_logprobs=1),
+        EngineRequest(prompt_of(9), work="logits"),
+        EngineRequest(prompt_of(9), work="choose", options=((1, 2), (3,))),
+    ]
+    engine.run_until(engine.submit(plain))
+    assert all(batch.greedy is not None and batch.greedy.all() for batch in executor.batches)
+    assert sum(batch.greedy.size for batch in executor.batches if batch.greedy is not None) == 4
+    for request in others[:-3]:
+        executor.batches.clear()
+        engine.run_until(engine.submit(request))
+        assert not any(batch.greedy is None or batch.greedy.any() for batch in executor.batches), request
+    for request in others[-3:]:
+        executor.batches.clear()
+        engine.run_until(engine.submit(request))
+        assert not any(batch.greedy is None or batch.greedy[:-1].any() for batch in executor.batches), request

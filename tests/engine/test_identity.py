@@ -16,6 +16,10 @@ from hypothesis import strategies as st
 
 from haomiao.engine.engine import Engine
 from haomiao.engine.request import DoneEvent, EngineRequest
+from haomiao.engine.speculate.costs import Allowance, StepCosts
+from haomiao.engine.speculate.own_plane import OwnPlaneProposer
+from haomiao.engine.speculate.speculator import Speculator
+from haomiao.engine.speculate.suffix import SuffixProposer
 from haomiao.load.artifact import Artifact
 from haomiao.types import Executor
 from tests.engine.fakes import ask, tokens_of
@@ -39,13 +43,19 @@ def runs(request: pytest.FixtureRequest, artifacts: dict[str, Artifact]) -> Iter
     kind: str = request.param
     made: dict[tuple[Any, ...], Executor] = {}
 
-    def engine(point: str, step_tokens: int = 128, kv_blocks: int = 24, prefix_cache: bool = False) -> Engine:
+    def engine(
+        point: str, step_tokens: int = 128, kv_blocks: int = 24, prefix_cache: bool = False, way: str = "off"
+    ) -> Engine:
         key = (SCHEMES[point], step_tokens, kv_blocks)
         if key not in made:
             made[key] = make_executor(kind, artifacts[key[0]], max_step_tokens=step_tokens, kv_blocks=kv_blocks)
+        costs = StepCosts()
+        ways: dict[str, Any] = {"suffix": SuffixProposer, "self": lambda: OwnPlaneProposer(made[key], "int4", costs)}
+        speculator = Speculator([ways[way]()] if way != "off" else [], costs=costs)
+        speculator.allowance = Allowance(share=1.0, steps=1e9)
         return Engine(
             made[key], eos_ids=(0,), max_context=200,
-            prefix_cache=prefix_cache, model_key="m", point=point,
+            prefix_cache=prefix_cache, model_key="m", point=point, speculator=speculator,
         )  # fmt: skip
 
     engine.kind = kind  # type: ignore[attr-defined]
@@ -114,6 +124,22 @@ def test_company_cuts_and_reuse_change_nothing(
         elif temperature == 0:
             assert found[0] == alone[0]
             assert found[1] == pytest.approx(alone[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("way", ["suffix", "self"])
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_speculation_changes_no_bit(runs: Any, way: str, temperature: float) -> None:
+    """Tokens and logprobs to the last bit, in company, on real kernels: rows of one step are those of many."""
+    if runs.kind != "native":
+        pytest.skip("the reference's float sums depend on the batch")
+    requests = [
+        ask(prompt(12, 3) * 4, max_tokens=60, temperature=temperature, seed=index, logprobs=1, ignore_eos=True)
+        for index in range(2)
+    ]
+    engine = runs("int8", step_tokens=64, way=way)
+    found = answers(engine, requests, gap=3)
+    for request, answer in zip(requests, found, strict=True):
+        assert [answer] == answers(runs("int8", step_tokens=64), [request])
 
 
 def test_sessions_and_forks(runs: Any) -> None:

@@ -28,6 +28,9 @@ inline Lanes load(const int8_t* p) {
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b))};
 }
+inline Lanes load_halves(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 inline void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
 inline void store_some(float* p, Lanes a, int n) { _mm512_mask_storeu_ps(p, some(n), a.v); }
 

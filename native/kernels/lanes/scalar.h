@@ -43,6 +43,16 @@ inline Lanes load(const uint16_t* p) {  // bf16
 inline Lanes load(const int8_t* p) {
   return map_lanes([&](int i) { return static_cast<float>(p[i]); });
 }
+inline Lanes load_halves(const uint16_t* p) {  // IEEE binary16
+  return map_lanes([&](int i) {
+    const uint32_t sign = (p[i] & 0x8000u) << 16, exponent = (p[i] >> 10) & 31u, fraction = p[i] & 0x3ffu;
+    const uint32_t bits = sign | ((exponent == 31 ? 255u : exponent + 112u) << 23) | (fraction << 13);
+    const float small = static_cast<float>(fraction) * 0x1p-24f;  // zero and subnormals
+    float f;
+    memcpy(&f, &bits, 4);
+    return exponent != 0 ? f : sign ? -small : small;
+  });
+}
 inline void store(float* p, const Lanes& a) {
   for (int i = 0; i < 16; ++i) p[i] = a.v[i];
 }

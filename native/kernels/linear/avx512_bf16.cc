@@ -8,11 +8,6 @@ namespace {
 
 constexpr int kMostShared = 12;  // tokens that share one pass over a tile: 24 accumulators
 
-// As assembly for the same reason as add_dot() of avx512_int.h.
-HAOMIAO_INLINE void add_pair(__m512& sum, __m512i a, __m512i b) {
-  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-}
-
 template <int M>
 void multiply_tile(const uint8_t* tile, int pairs, const uint8_t* x, size_t stride, const Target& target) {
   __m512 y[M][2];

@@ -16,11 +16,6 @@ constexpr int kPartBlocks = 12;    // unpacked, 14 KiB; a multiple of every grou
 constexpr int kPanelTokens = 192;  // a multiple of kBestShared
 constexpr int kPrefetchBytes = 4608;
 
-// The dot product as assembly: gcc 12 copies and spills the accumulators of the intrinsic.
-HAOMIAO_INLINE void add_dot(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
-}
-
 // How 32 columns x 32 rows of weights are stored; each becomes unsigned bytes code + zero.
 enum class Form {
   hi,            // nibbles

@@ -1,4 +1,4 @@
-// Where AVX-512 kernels put their results. Included by the avx512*.cc files only.
+// What AVX-512 kernels share: dot products, and where results go. Included by the avx512*.cc files only.
 #pragma once
 #include <immintrin.h>
 
@@ -9,6 +9,19 @@
 
 namespace haomiao {
 namespace {
+
+#ifdef HAOMIAO_EMULATE_AVX512
+HAOMIAO_INLINE void add_dot(__m512i& sum, __m512i u, __m512i s) { emulated::dpbusd(sum, u, s); }
+HAOMIAO_INLINE void add_pair(__m512& sum, __m512i a, __m512i b) { emulated::dpbf16(sum, a, b); }
+#else
+// Dot products as assembly: gcc 12 copies and spills the accumulators of the intrinsics.
+HAOMIAO_INLINE void add_dot(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+HAOMIAO_INLINE void add_pair(__m512& sum, __m512i a, __m512i b) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
+#endif
 
 // The results of one tile.
 struct Target {

@@ -18,7 +18,10 @@ from haomiao.errors import EngineError, HaomiaoError, InputError, ModelNotFoundE
 from haomiao.types import F32, POINTS, Executor, KvType
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from haomiao.api.session import Session
+    from haomiao.engine.engine import Engine
     from haomiao.models.open import OpenedModel
     from haomiao.text.tokenizer import Tokenizer
 
@@ -45,15 +48,19 @@ class LLM:
         hugepages: bool = False,
         prefix_cache: bool = True,
         kv_memory: int | None = None,
+        speculate: str | os.PathLike[str] = "auto",
         progress: Progress | None = None,
     ) -> None:
         """Open a model: an artifact, a directory, a GGUF file, a Hugging Face id, or None for the embedded one.
 
         `point` is the default operating point, and decides what a checkpoint is converted to. `kv` is how K and V are
         kept, `kv_memory` the bytes they may take (default: a quarter of the available memory, at most 2 GiB),
-        `max_context` the tokens of a prompt and its answer (default: the model's own, as far as it fits). `progress` is
-        called with (what, done, total). Raises `ModelError`, `ModelNotFoundError`, `InputError`, `UnavailableError`.
+        `max_context` the tokens of a prompt and its answer (default: the model's own, as far as it fits). `speculate`
+        says who drafts tokens: "suffix" ("auto": what occurred before in prompt and answer), "self" (the model's int4
+        plane), another model of the same vocabulary by its name, or "off"; answers are the same in any case. `progress`
+        is called with (what, done, total). Raises `ModelError`, `ModelNotFoundError`, `InputError`, `UnavailableError`.
         """
+        from haomiao.api.speculation import check_way, kv_type_of, make_speculator
         from haomiao.engine.cost import CostModel
         from haomiao.engine.engine import Engine
         from haomiao.engine.sizing import size_pool
@@ -61,6 +68,7 @@ class LLM:
 
         if kv is not None and kv not in ("f32", "bf16", "int8"):
             raise InputError(f"kv must be f32, bf16 or int8, not {kv!r:.40}", param="kv")
+        way = check_way(speculate)
         opened = open_model(
             model if model is None else os.fspath(model),
             point=point,
@@ -96,7 +104,21 @@ class LLM:
         self._opened = opened
         self._requests = RequestMaker(self.tokenizer, self.vocab_size, self.max_context)
         self._chat_prompts = ChatPrompts(self._requests)
-        engine = Engine(
+
+        def open_draft(name: str, context: int) -> tuple[OpenedModel, Executor, Tokenizer | None]:
+            draft = open_model(name, group=group, revision=None, offline=offline, progress=progress)
+            if context < draft.plan.max_context:
+                draft = draft.with_context(context)
+            size = size_pool(draft.plan, kv_type_of(draft), max_context=draft.plan.max_context, kv_memory=None)
+            tokenizer = _load_tokenizer(draft) if self.tokenizer is not None else None
+            return draft, _make_executor(executor, draft, kv_type_of(draft), size.blocks, threads, isa), tokenizer
+
+        try:
+            speculator = make_speculator(way, runner, self.max_context, self.tokenizer, open_draft)
+        except BaseException:
+            runner.close()
+            raise
+        self._engine = engine = Engine(
             runner,
             eos_ids=self.eos_ids,
             max_context=self.max_context,
@@ -106,8 +128,31 @@ class LLM:
             point=self.point,
             cost=CostModel(),
             errors=_measured_errors(opened),
+            speculator=speculator,
         )
         self._driver = Driver(engine)
+
+    # ---- for programs that step themselves (serve) ------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Whoever steps it must be the only one: nothing else of this class may be called meanwhile."""
+        return self._engine
+
+    @property
+    def requests(self) -> RequestMaker:
+        """What makes the engine's requests out of options."""
+        return self._requests
+
+    @property
+    def files_dir(self) -> Path:
+        """Where the tokenizer's files lie."""
+        return self._opened.files_dir
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Mean KL to `full` by point, nats per token, where it was measured."""
+        return _measured_errors(self._opened)
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
@@ -116,7 +161,8 @@ class LLM:
 
         Options: the fields of `SamplingParams` one by one, or `sampling=SamplingParams(...)`; one of `json_schema`,
         `regex`, `grammar`, `choice`, `json_object`; `point`; `budget_ms` (whole answer) and `ttft_ms` (first token);
-        `prompt_logprobs`. Without `max_tokens`, 256 or what the context leaves.
+        `speculate` ("off", "auto", "suffix", "self", "draft"); `prompt_logprobs`. Without `max_tokens`, 256 or what the
+        context leaves.
 
         Returns a `Completion`; a list of them for `n` > 1; for a list of texts, a list with one such result each.
         """

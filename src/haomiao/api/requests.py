@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from haomiao.text.tokenizer import Tokenizer
 
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choice", "json_object")
-OTHERS = ("point", "budget_ms", "ttft_ms", "sampling", "prompt_logprobs", "salt")
+OTHERS = ("point", "budget_ms", "ttft_ms", "sampling", "prompt_logprobs", "salt", "speculate")
 SAMPLING = tuple(field.name for field in fields(SamplingParams))
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 MAX_BUDGET_MS = 86_400_000
@@ -61,12 +61,13 @@ class RequestMaker:
             sampling=sampling,
             point=options.get("point"),
             constraint=self._constraint(options),
-            stop=self._matcher(sampling.stop, prompt_ids),
+            stop=self.matcher(sampling.stop, prompt_ids),
             prompt_logprobs=options.get("prompt_logprobs"),
             arrival_ns=arrival,
             deadline_ns=_deadline("budget_ms", options.get("budget_ms"), arrival),
             ttft_deadline_ns=_deadline("ttft_ms", options.get("ttft_ms"), arrival),
             salt=options.get("salt", b""),
+            speculate=options.get("speculate"),
             **more,
         )
 
@@ -85,7 +86,7 @@ class RequestMaker:
             single["max_tokens"] = max(1, min(DEFAULT_MAX_TOKENS, self.max_context - prompt_tokens))
         return replace(base or SamplingParams(), **single)
 
-    def _matcher(self, stops: Sequence[str], prompt_ids: list[int]) -> Callable[[], StopMatcher] | None:
+    def matcher(self, stops: Sequence[str], prompt_ids: list[int]) -> Callable[[], StopMatcher] | None:
         """Makes what turns tokens into text and finds the stop strings in it."""
         if self.tokenizer is None:
             return None

@@ -21,6 +21,7 @@ def configure(parser: ArgumentParser) -> None:
     """Declare the flags."""
     options.add_model(parser)
     options.add_runtime(parser)
+    options.add_speculation(parser)
     options.add_sampling(parser)
     options.add_constraints(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")

@@ -80,7 +80,7 @@ def evaluate(
         given.setdefault("max_context", args.window + 64)
 
     def opened(name: str | None, at: str | None) -> Any:
-        llm = LLM(name, point=at, progress=bar, **given)
+        llm = LLM(name, point=at, progress=bar, **{"speculate": "off", **given})
         stack.callback(llm.close)
         return llm
 

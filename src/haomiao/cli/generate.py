@@ -18,6 +18,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="[MODEL] PROMPT", help="`-` reads the prompt from standard input")
     options.add_model_flag(parser)
     options.add_runtime(parser)
+    options.add_speculation(parser)
     options.add_sampling(parser)
     options.add_constraints(parser)
     parser.add_argument("--budget-ms", type=options.number, help="milliseconds from request to last byte")

@@ -69,6 +69,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "kv": ("HAOMIAO_KV", one_of(KV_NAMES)),
     "executor": ("HAOMIAO_EXECUTOR", one_of(EXECUTORS)),
     "revision": ("HAOMIAO_REVISION", str),
+    "speculate": ("HAOMIAO_SPECULATE", str),
 }
 """Destination -> (variable, type). A flag wins over its variable. `--offline` has HAOMIAO_OFFLINE: `config`."""
 
@@ -96,6 +97,15 @@ def add_runtime(parser: ArgumentParser) -> None:
     parser.add_argument("--kv", type=one_of(KV_NAMES), help=f"how K and V are kept: {', '.join(KV_NAMES)} [HAOMIAO_KV]")
     parser.add_argument(
         "--executor", type=one_of(EXECUTORS), help="native, or the slow reference in numpy [HAOMIAO_EXECUTOR]"
+    )
+
+
+def add_speculation(parser: ArgumentParser, default: str = "auto") -> None:
+    """Who drafts tokens."""
+    parser.add_argument(
+        "--speculate",
+        metavar="WAY",
+        help=f"auto, off, suffix, self, or a draft model; default {default} [HAOMIAO_SPECULATE]",
     )
 
 
@@ -158,7 +168,7 @@ def take_model(args: Namespace) -> str | None:
 
 def runtime_options(args: Namespace) -> dict[str, Any]:
     """Keyword arguments of `LLM` that were given."""
-    names = ("point", "threads", "max_context", "kv", "executor", "revision", "offline")
+    names = ("point", "threads", "max_context", "kv", "executor", "revision", "offline", "speculate")
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 

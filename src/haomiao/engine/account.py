@@ -47,6 +47,8 @@ def make_receipt(
         cached_tokens=job.cached_tokens,
         completion_tokens=sequence.produced if sequence is not None else 0,
         schedule=schedule,
+        drafted_tokens=sequence.drafted if sequence is not None else 0,
+        accepted_tokens=sequence.accepted if sequence is not None else 0,
         estimated_error=_estimated_error(head.errors, schedule),
         outcome=_outcome(job, first, now, detail, error),
         seed=job.seed if job.request.work == "generate" else None,

@@ -33,10 +33,15 @@ def reusable(sequence: Sequence) -> int:
 
 def rows_wanted(sequence: Sequence, tokens: int) -> int:
     """Rows of logits wanted if the next `tokens` tokens are computed."""
-    end = sequence.length + tokens
-    if sequence.rows_from is None:
+    end, wanted = sequence.length + tokens, _rows_from(sequence)
+    if wanted is None:
         return 1 if end >= sequence.target else 0
-    return max(0, end - max(sequence.length, sequence.rows_from))
+    return max(0, end - max(sequence.length, wanted))
+
+
+def _rows_from(sequence: Sequence) -> int | None:
+    """A draft is judged by the row before it and by its own."""
+    return sequence.target - 1 if sequence.draft else sequence.rows_from
 
 
 def view_of(sequence: Sequence, pool: BlockPool, found: list[int]) -> SequenceView:
@@ -44,11 +49,13 @@ def view_of(sequence: Sequence, pool: BlockPool, found: list[int]) -> SequenceVi
     request, state = sequence.job.request, sequence.state
     length = len(found) * KV_BLOCK_TOKENS if state is None else state.length
     pending = sequence.target - length
+    drafted = 0 if state is None else len(sequence.draft)
     deadlines = [request.deadline_ns, None if sequence.produced else request.ttft_deadline_ns]
     return SequenceView(
         key=sequence.key,
         point=sequence.job.point,
-        pending=pending,
+        pending=pending + drafted,
+        drafted=drafted,
         decoding=sequence.produced > 0 and pending <= KV_BLOCK_TOKENS,
         arrival_ns=sequence.job.arrival_ns,
         deadline_ns=min((deadline for deadline in deadlines if deadline is not None), default=None),
@@ -59,7 +66,7 @@ def view_of(sequence: Sequence, pool: BlockPool, found: list[int]) -> SequenceVi
         blocks_alone=0 if state is None else state.blocks_alone,
         claim=sum(1 for block in found if not pool.holders(block)),
         tail_shared=state is not None and state.tail_shared,
-        rows_from=sequence.rows_from,
+        rows_from=_rows_from(sequence) if drafted else sequence.rows_from,
     )
 
 
@@ -69,12 +76,15 @@ def make_batch(point: str, shares: list[Share]) -> StepBatch:
     starts = [0]
     past: list[int] = []
     rows: list[int] = []
+    greedy: list[bool] = []
     tables = np.full((len(shares), max(len(share.sequence.kv.blocks) for share in shares)), -1, dtype=np.int32)
     for index, share in enumerate(shares):
         state = share.sequence.kv
         before = state.length - share.tokens
         token_ids += share.sequence.tokens[before : state.length]
+        token_ids += share.sequence.draft
         rows += range(len(token_ids) - share.rows, len(token_ids))
+        greedy += [share.sequence.argmax_suffices] * share.rows
         starts.append(len(token_ids))
         past.append(before)
         tables[index, : len(state.blocks)] = state.snapshot()
@@ -85,6 +95,7 @@ def make_batch(point: str, shares: list[Share]) -> StepBatch:
         tables,
         np.array(rows, dtype=np.int32),
         point,
+        np.array(greedy, dtype=np.bool_),
     )
 
 

@@ -66,6 +66,9 @@ class EngineRequest:
     """Greatest mean KL to `full`, nats per token, of a point that this request may run at."""
     salt: bytes = b""
     """Prefixes are shared only between requests with the same salt."""
+    speculate: str | None = None
+    """How tokens are drafted: "off", "auto", or a proposer that the engine has ("suffix", "self", "draft"); None leaves
+    it to the engine. What is answered does not depend on it."""
     session: int | None = None
     """Continue from what this session remembers, and leave the sequence there."""
 

@@ -68,6 +68,14 @@ class Sampler:
         if self._counting:
             self._counts[token_id] = self._counts.get(token_id, 0) + 1
 
+    @property
+    def _plain(self) -> bool:
+        return self.params.temperature == 0.0 and not self._changes_logits and self.params.logprobs is None
+
+    def argmax_suffices(self, produced: int) -> bool:
+        """True if `choose` after `produced` tokens, without a mask, will not look at the logits."""
+        return self._plain and not (produced < self.params.min_tokens and self.end_ids)
+
     def choose(
         self, logits: F32, argmax: int, *, position: int, produced: int, mask: U32 | None = None
     ) -> tuple[int, TokenLogprob | None]:
@@ -79,8 +87,7 @@ class Sampler:
         """
         withheld = self.end_ids if produced < self.params.min_tokens else ()
         greedy = self.params.temperature == 0.0
-        plain = greedy and not self._changes_logits and self.params.logprobs is None
-        if plain and argmax not in withheld and (mask is None or masks.contains(mask, argmax)):
+        if self._plain and argmax not in withheld and (mask is None or masks.contains(mask, argmax)):
             return argmax, None
         row = self._allowed(self._changed(logits), withheld, mask)
         best = int(row.argmax())  # the first of the greatest; a NaN counts as the greatest

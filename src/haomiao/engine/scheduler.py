@@ -26,6 +26,8 @@ class SequenceView:
     point: str
     pending: int
     """Tokens to compute, at least 1, before the sequence can go on."""
+    drafted: int = 0
+    """How many of `pending`, the last ones, are drafted: good to have in the step, and nobody gives way for them."""
     decoding: bool = False
     """It has produced a token already."""
     arrival_ns: int = 0
@@ -165,6 +167,8 @@ class _Step:
         if view.key in self.preempted or not self._sequences:
             return
         tokens = min(view.pending, self._tokens)
+        if view.drafted and view.blocks_needed(tokens) + 2 * len(self._ranked) > self._free:  # others may need them
+            tokens = min(tokens, view.pending - view.drafted)
         if view.rows(tokens) > self._rows:  # rows grow by at most one with every token
             tokens -= view.rows(tokens) - self._rows
         if not view.decoding:

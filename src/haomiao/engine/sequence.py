@@ -89,6 +89,11 @@ class Sequence:
         self.schedule: list[ScheduleEntry] = []
         self.rows_from: int | None = NO_ROWS
         """Logits are wanted for every position from here on; None: for the last one before `target`."""
+        self.draft: list[int] = []
+        """Tokens that may follow `tokens`, computed with them in the next step. Provisional: K and V of those that do
+        not stand are cut off again (engine/speculate)."""
+        self.drafted = 0
+        self.accepted = 0
 
     @property
     def kv(self) -> PagedState:
@@ -113,7 +118,8 @@ class Sequence:
         return len(self.tokens)
 
     def cut(self, tokens: int) -> None:
-        """Take back room for `tokens` tokens that were not computed after all."""
+        """Take back room for `tokens` tokens that were not computed after all; a draft among them is forgotten."""
+        self.draft = []
         if self.state is not None:
             self.state.truncate(self.state.length - tokens)
 
@@ -121,6 +127,11 @@ class Sequence:
     def produced(self) -> int:
         """Tokens of the answer so far."""
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def argmax_suffices(self) -> bool:
+        """True if the rows of the next step are read for nothing but their argmax."""
+        return False
 
     def branches(self) -> list[Sequence]:
         """New sequences with the same past that begin here; they consume the same rows. Asked for before `consume`."""
@@ -228,6 +239,10 @@ class Generation(Sequence):
         self.prompt_logprobs: list[TokenLogprob] = []
         self.rows_from = 0 if request.prompt_logprobs is not None and self.prompt_length > 1 else None
 
+    @property
+    def argmax_suffices(self) -> bool:
+        return self.rows_from is None and self._constraint is None and self._sampler.argmax_suffices(self.produced)
+
     def branches(self) -> list[Sequence]:
         if self.length < self.target:
             return []
@@ -239,7 +254,7 @@ class Generation(Sequence):
             self._score_prompt(rows)
         if rows is None or self.length < self.target:
             return Progress()
-        return self._advance(rows.logits[-1], int(rows.argmax[-1]))
+        return self._verify(rows) if self.draft else self.advance(rows.logits[-1], int(rows.argmax[-1]))
 
     def close_early(self) -> Progress | None:
         """End now. What a grammar needs to be whole is added: those tokens cost no step."""
@@ -266,7 +281,16 @@ class Generation(Sequence):
         done = len(self.prompt_logprobs)
         self.rows_from = done if done + 1 < self.prompt_length else None
 
-    def _fork(self, sample: int) -> Generation:
+    @property
+    def may_speculate(self) -> bool:
+        """True if tokens may be drafted: every row of logits that it still wants serves to choose a token."""
+        return self.produced > 0 and self.rows_from is None and not self._unforked
+
+    def shadow(self) -> Generation:
+        """A copy that would choose the same tokens from the same logits; it makes no text and holds no KV."""
+        return self._fork(self.sample, text=False)
+
+    def _fork(self, sample: int, *, text: bool = True) -> Generation:
         twin = object.__new__(Generation)
         Sequence.__init__(twin, self.job, list(self.tokens), sample=sample)
         twin.rows_from = None
@@ -275,14 +299,39 @@ class Generation(Sequence):
         twin._sampler = self._sampler.fork(sample)
         twin._constraint = self._constraint.fork() if self._constraint else None
         twin._mask = None
-        twin._stop = self.job.request.stop() if self.job.request.stop else None
+        twin._stop = self.job.request.stop() if text and self.job.request.stop else None
         twin._unforked = 0
         twin.prompt_logprobs = self.prompt_logprobs
         return twin
 
-    def _advance(self, logits: F32, argmax: int) -> Progress:
-        """Choose the next token; take what the grammar forces after it along, since that needs no logits."""
+    def _verify(self, rows: Rows) -> Progress:
+        """Choose tokens from the rows of a step that computed a draft, as long as the draft is what is chosen. A token
+        is chosen as it would be without a draft, so nothing but the number of steps depends on it. K and V of drafted
+        tokens that do not stand are cut off."""
+        draft, self.draft = self.draft, []
+        before, first = len(self.tokens), rows.logits.shape[0] - len(draft) - 1
         progress = Progress()
+        stood = 0
+        while progress.detail is None and stood == len(self.tokens) - before:
+            self._choose(rows.logits[first + stood], int(rows.argmax[first + stood]), progress)
+            for drafted, token_id in zip(draft[stood:], self.tokens[before + stood :], strict=False):
+                if drafted != token_id:
+                    break
+                stood += 1
+        self.cut(self.length - before - stood)
+        self.drafted += len(draft)
+        self.accepted += stood
+        self.schedule[-1].tokens += stood - len(draft)
+        return progress
+
+    def advance(self, logits: F32, argmax: int) -> Progress:
+        """Choose the next token."""
+        progress = Progress()
+        self._choose(logits, argmax, progress)
+        return progress
+
+    def _choose(self, logits: F32, argmax: int, progress: Progress) -> None:
+        """Choose the next token; take what the grammar forces after it along, since that needs no logits."""
         mask = self._allowed()
         token_id, logprob = self._sampler.choose(
             logits, argmax, position=len(self.tokens), produced=self.produced, mask=mask
@@ -294,7 +343,6 @@ class Generation(Sequence):
             if forced is None:
                 break
             self._take(forced, None, progress)
-        return progress
 
     def _allowed(self) -> U32 | None:
         """What the grammar allows next, the end-of-sequence tokens where it may end; None without a grammar."""

@@ -83,7 +83,8 @@ class NativeExecutor:
         self._logits = np.empty((0, self.vocab_size), np.float32)
 
     def step(self, batch: StepBatch) -> StepResult:
-        """Compute one step. `logits` is a view that the next step overwrites. Raises `InputError`; never aborts."""
+        """Compute one step. `logits` is a view that the next step overwrites; of greedy rows it may hold anything.
+        Raises `InputError`; never aborts."""
         runner = self._open()
         if batch.point not in self.points:
             raise InputError(f"point {batch.point!r} is not one of {', '.join(self.points)}", param="point")
@@ -96,8 +97,11 @@ class NativeExecutor:
             _int32("past", batch.past, 1),
             _int32("block_tables", batch.block_tables, 2),
         )
+        greedy = batch.greedy
+        if greedy is not None and (greedy.dtype != np.bool_ or greedy.shape != rows.shape):
+            raise InputError("greedy must be a bool array with an element for each logit row", param="greedy")
         try:
-            elapsed = runner.step(self.points.index(batch.point), *arrays, rows, logits, argmax)
+            elapsed = runner.step(self.points.index(batch.point), *arrays, rows, greedy, logits, argmax)
         except ValueError as error:
             raise InputError(f"step: {error}") from None
         return StepResult(logits, argmax, elapsed)
@@ -121,6 +125,12 @@ class NativeExecutor:
     def last_step_profile(self) -> list[tuple[str, int]]:
         """(phase, nanoseconds) of the last step, in order; phases are named after their matrix or operation."""
         return self._open().last_step_profile()
+
+    def last_step_rescored(self) -> float | None:
+        """The share of (row, tile) pairs of the head that both planes were read for after screening, or None if the
+        last step did not screen."""
+        share = self._open().rescored
+        return None if share < 0 else share
 
     def _open(self) -> _core.Runner:
         if self._runner is None:

@@ -1,0 +1,173 @@
+// The vocabulary head. Rows of which only the argmax is wanted are screened: the hi plane bounds every tile's logits
+// (kernels/head/head.h), and only tiles that may hold the greatest are computed with both planes. What is returned is
+// the full head's argmax to the bit, the lowest id among equals.
+#include <algorithm>
+#include <cmath>
+
+#include "runtime/runner.h"
+#include "runtime/runner_limits.h"
+
+namespace haomiao {
+
+void Runner::run(const LogitsPhase& phase, size_t, int thread) {
+  const HeadOp& op = phase.head;
+  const Weight& w = weight(op.weight);
+  const int rows = static_cast<int>(batch_.rows), vocab = plan_.vocab_size;
+  if (rows == 0) return;
+  const RowSource source = {phase.normed_by == kNone ? op.source : phase.norm_source, phase.normed_by,
+                            batch_.logit_rows};
+  const Prepared prepared = prepare(source, w, rows, thread);
+  const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
+  std::fill(memory.best_at, memory.best_at + rows, kNone);
+  if (screening_) return screen(phase, prepared, thread);
+  const Share tiles = share(tiles_of(w), 1, thread);
+  if (tiles.begin == tiles.end) return;
+  const Activation kind = activation_of(w);
+  const int stretch = stretch_of(w, rows);
+  for (int first = 0; first < rows; first += stretch) {
+    kernels_.linear->linear({&w, point_->head, kind,
+                             prepared.activations + kernels_.linear->activation_bytes(kind, first, w.padded_cols),
+                             std::min(stretch, rows - first), tiles.begin, tiles.end, logits_ + int64_t{first} * vocab,
+                             vocab, vector(op.bias), memory.scratch});
+  }
+  const int begin = tiles.begin * kTileRows, count = std::min(tiles.end * kTileRows, vocab) - begin;
+  for (int r = 0; r < rows; ++r) {
+    float* logits = logits_ + int64_t{r} * vocab + begin;
+    if (op.scale != 1.0f || op.softcap > 0) kernels_.rowwise->scale_softcap(logits, count, op.scale, op.softcap);
+    const int32_t at = kernels_.rowwise->argmax(logits, count);
+    take_best(memory, r, logits[at], begin + at);
+  }
+}
+
+// Offered in ascending ids, so that the lowest among equals stays; a NaN gives way to any number.
+void Runner::take_best(const Thread& memory, int row, float value, int at) const {
+  float& best = memory.best[row];
+  if (memory.best_at[row] == kNone || value > best || (best != best && value == value)) {
+    best = value, memory.best_at[row] = at;
+  }
+}
+
+// If one row is wanted whole, both planes are read anyway and the others ride along.
+void Runner::plan_screening() {
+  const int64_t rows = batch_.rows;
+  screening_ = screened_ && batch_.greedy && rows > 0 && rows <= kFewTokens && point_->head == Planes::both &&
+               std::all_of(batch_.greedy, batch_.greedy + rows, [](bool greedy) { return greedy; });
+  if (screening_ && unscreened_ > 0) --unscreened_, screening_ = false;
+  rescored_pairs_ = 0;
+}
+
+void Runner::end_screening() {
+  rescored_ = -1;
+  if (!screening_) return;
+  lo_norms_known_ = true;
+  const int64_t pairs = batch_.rows * tiles_of(weight(screened_->weight));
+  rescored_ = static_cast<double>(rescored_pairs_) / static_cast<double>(pairs);
+  backoff_ =
+      static_cast<double>(batch_.rows) * rescored_ <= kMostKept ? 0 : std::clamp(2 * backoff_, 1, kMostUnscreened);
+  unscreened_ = backoff_;
+}
+
+// Bounds of all tiles; then both planes of the most promising tile of every thread, whose greatest logit is what the
+// others must reach; then the tiles that may reach it, divided anew.
+void Runner::screen(const LogitsPhase& phase, const Prepared& prepared, int thread) {
+  const Weight& w = weight(phase.head.weight);
+  const int rows = static_cast<int>(batch_.rows), tiles = tiles_of(w);
+  const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
+  bound_tiles(phase, prepared, share(tiles, 1, thread), memory);
+  pool_.barrier();
+  float needed[kFewTokens];
+  int64_t kept = 0;
+  for (int r = 0; r < rows; ++r) {
+    float reached = -HUGE_VALF;
+    for (const Thread& each : thread_memory_) reached = std::max(reached, each.reached[r]);
+    needed[r] = needed_bound(phase.head, reached);
+    for (int tile = 0; tile < tiles; ++tile) kept += may_win(r, tile, needed[r]);
+  }
+  if (thread == 0) rescored_pairs_ = kept;
+  const bool together = rows > 1 && kept > tiles;  // one pass for all rows reads less
+  for (int r = 0; r < rows; r += together ? rows : 1) {
+    int count = 0;
+    for (int tile = 0; tile < tiles; ++tile) {
+      if (together || may_win(r, tile, needed[r])) memory.kept[count++] = tile;
+    }
+    const Share mine = share(count, 1, thread);
+    for (int i = mine.begin, run = 1; i < mine.end; i += run, run = 1) {
+      while (i + run < mine.end && run < kHeadTiles && memory.kept[i + run] == memory.kept[i] + run) ++run;
+      rescore(phase.head, prepared, {r, together ? rows : r + 1}, {memory.kept[i], memory.kept[i] + run}, memory);
+    }
+  }
+}
+
+// upper_ for this thread's tiles, and reached: the greatest logit of the tile that looks best, per row.
+void Runner::bound_tiles(const LogitsPhase& phase, const Prepared& prepared, Share mine, const Thread& memory) {
+  const Weight& w = weight(phase.head.weight);
+  const int rows = static_cast<int>(batch_.rows), tiles = tiles_of(w), groups = w.padded_cols / kGroup;
+  float seen[kFewTokens];
+  int best[kFewTokens];
+  for (int r = 0; r < rows; ++r) {
+    seen[r] = -HUGE_VALF, best[r] = kNone, memory.reached[r] = -HUGE_VALF;
+    kernels_.head->lengths(prepared.x + r * prepared.stride, w.cols, w.padded_cols, memory.lengths + r * groups);
+  }
+  for (int first = mine.begin; first < mine.end; first += kHeadTiles) {
+    const int last = std::min(mine.end, first + kHeadTiles), stride = kHeadTiles * kTileRows;
+    kernels_.linear->linear({&w, Planes::hi, Activation::int8, prepared.activations, rows, first, last,
+                             memory.tile - first * kTileRows, stride, nullptr, memory.scratch});
+    for (int tile = first; tile < last; ++tile) {
+      float* norms = lo_norms_ + int64_t{tile} * groups;
+      if (!lo_norms_known_) kernels_.head->lo_norms(w, tile, norms);
+      for (int r = 0; r < rows; ++r) {
+        const float* h = memory.tile + r * stride + (tile - first) * kTileRows;
+        const TileBound bound = kernels_.head->bound(w, tile, norms, memory.lengths + r * groups, h);
+        upper_[int64_t{r} * tiles + tile] = bound.upper;
+        if (bound.seen > seen[r]) seen[r] = bound.seen, best[r] = tile;
+      }
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    if (best[r] == kNone) continue;
+    multiply_head(phase.head, prepared, {r, r + 1}, {best[r], best[r] + 1}, false, memory);
+    const int count = std::min(kTileRows, w.rows - best[r] * kTileRows);
+    const float* y = memory.tile;
+    memory.reached[r] = y[kernels_.rowwise->argmax(y, count)];
+  }
+}
+
+// Both planes of a few tiles, logits [rows][tiles * 32] in the thread's tile memory.
+void Runner::multiply_head(const HeadOp& op, const Prepared& prepared, Share rows, Share tiles, bool scaled,
+                           const Thread& memory) {
+  const Weight& w = weight(op.weight);
+  const int stride = (tiles.end - tiles.begin) * kTileRows;
+  const uint8_t* x =
+      prepared.activations + kernels_.linear->activation_bytes(Activation::int8, rows.begin, w.padded_cols);
+  kernels_.linear->linear({&w, Planes::both, Activation::int8, x, rows.end - rows.begin, tiles.begin, tiles.end,
+                           memory.tile - tiles.begin * kTileRows, stride, nullptr, memory.scratch});
+  if (scaled && op.scale != 1.0f) {
+    kernels_.rowwise->scale_softcap(memory.tile, stride * (rows.end - rows.begin), op.scale, 0.0f);
+  }
+}
+
+void Runner::rescore(const HeadOp& op, const Prepared& prepared, Share rows, Share tiles, const Thread& memory) {
+  multiply_head(op, prepared, rows, tiles, true, memory);
+  const int first = tiles.begin * kTileRows, stride = (tiles.end - tiles.begin) * kTileRows;
+  const int count = std::min(stride, weight(op.weight).rows - first);
+  const float* logits = memory.tile;
+  for (int r = rows.begin; r < rows.end; ++r, logits += stride) {
+    const int32_t at = kernels_.rowwise->argmax(logits, count);
+    take_best(memory, r, logits[at], first + at);
+  }
+}
+
+// What a tile's bound must reach if one of its rows is to win against a logit `reached` before scaling: a little less
+// than that, so that rounding the bound, and rounding both after scaling, makes no equals. NaN, which every bound
+// reaches, where the scaled logits are too great or too small for that.
+float Runner::needed_bound(const HeadOp& op, float reached) const {
+  const float scaled = std::abs(reached) * op.scale;
+  if (!(scaled < 0x1p120f && scaled > 0x1p-90f && std::abs(reached) > 0x1p-60f)) return std::nanf("");
+  return reached - std::abs(reached) * 0x1p-20f;
+}
+
+bool Runner::may_win(int row, int tile, float needed) const {
+  return !(upper_[int64_t{row} * tiles_of(weight(screened_->weight)) + tile] < needed);
+}
+
+}  // namespace haomiao

@@ -1,0 +1,160 @@
+"""Who is being served: live requests, their sequences, and the KV that these hold or start from.
+
+Sequences come in by `open` and `enter`, are given room for a step by `make_room`, lose their KV by `preempt`, and go by
+`leave`. Knows no clock, no executor, and nothing about what is told to whom.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from haomiao.engine.batch import Share, reusable, rows_wanted, view_of
+from haomiao.engine.held import HeldSequences
+from haomiao.engine.prefix import PrefixChain
+from haomiao.engine.scheduler import SequenceView, StepPlan
+from haomiao.engine.sequence import Job, Sequence, open_sequence
+from haomiao.engine.state import BlockPool, PagedState
+from haomiao.errors import KvExhaustedError
+
+
+class Roster:
+    """Live jobs by id, live sequences by key, in order of arrival."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        make_chain: Callable[[Job], PrefixChain | None],
+        gone: Callable[[int], None] = lambda key: None,
+    ) -> None:
+        """`make_chain` names the prefix blocks of a request; it gives None where none are to be shared. `gone` is told
+        the key of every sequence that leaves."""
+        self.pool = pool
+        self.held = HeldSequences()
+        self.jobs: dict[int, Job] = {}
+        self._active: dict[int, Sequence] = {}
+        self._make_chain = make_chain
+        self._gone = gone
+        self._keys = itertools.count(1)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._active.values())
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence.key in self._active
+
+    def __getitem__(self, key: int) -> Sequence:
+        return self._active[key]
+
+    # ---- come and go ----------------------------------------------------------------------------------------------
+
+    def open(self, job: Job) -> Sequence:
+        """Take a request in. Raises what its sequence or its session refuses; nothing was taken in then."""
+        sequence = open_sequence(job)
+        sequence.chain = self._make_chain(job)
+        if job.request.session is not None:  # it goes on from what the session holds
+            limit = reusable(sequence)
+            sequence.state = self.held.take(job.request.session, job.id, job.point, sequence.tokens, limit)
+            job.cached_tokens = sequence.length
+        self.jobs[job.id] = job
+        self.enter(sequence)
+        return sequence
+
+    def enter(self, sequence: Sequence, past: Sequence | None = None) -> None:
+        """Take a sequence in; one that branched off shares its past's KV."""
+        if past is not None and past.state is not None:
+            sequence.state = past.state.fork()
+            sequence.chain = None if past.chain is None else past.chain.fork()
+            sequence.last_served_ns = past.last_served_ns
+            sequence.schedule = [replace(entry) for entry in past.schedule]
+        sequence.key = next(self._keys)
+        sequence.job.open += 1
+        self._active[sequence.key] = sequence
+
+    def of(self, job: Job) -> list[Sequence]:
+        """The live sequences of a request."""
+        return [sequence for sequence in self._active.values() if sequence.job is job]
+
+    def leave(self, sequence: Sequence) -> None:
+        """Let a sequence go: its KV is given back, or left to the session it ran in."""
+        job, state = sequence.job, sequence.state
+        del self._active[sequence.key]
+        self._gone(sequence.key)
+        sequence.state = None
+        job.open -= 1
+        if state is not None:
+            kept = sequence.leaves_kv and self.held.give(job.request.session, job.id, job.point, sequence.tokens, state)
+            if not kept:
+                state.release()
+        if not job.open:
+            self.jobs.pop(job.id, None)
+            self.held.leave(job.request.session, job.id)
+
+    def clear(self) -> None:
+        """Give everything back."""
+        for state in self.states():
+            state.release()
+        self._active.clear()
+        self.jobs.clear()
+        self.held.close_all()
+
+    # ---- KV -------------------------------------------------------------------------------------------------------
+
+    def view(self, sequence: Sequence) -> SequenceView:
+        """What the scheduler sees of it."""
+        return view_of(sequence, self.pool, self._find_prefix(sequence) if sequence.state is None else [])
+
+    def make_room(self, step_plan: StepPlan, now: int) -> list[Share]:
+        """Make room for the tokens of the step. A sequence for which there is none after all waits for the next plan:
+        a cached prefix that it was to start from may have been that of a sequence which just lost its KV."""
+        planned = [(self._active[span.key], span.tokens) for span in step_plan.spans]
+        for sequence, _ in planned:  # prefixes are held before anything is allocated, which could evict them
+            if sequence.state is None:
+                sequence.state = PagedState(self.pool, self._find_prefix(sequence))
+                if sequence.job.started_ns is None:
+                    sequence.job.cached_tokens = sequence.length
+        shares: list[Share] = []
+        for sequence, tokens in planned:
+            rows = rows_wanted(sequence, tokens)
+            try:
+                sequence.kv.append(tokens)
+            except KvExhaustedError:
+                self.preempt(sequence)
+                continue
+            sequence.draft = sequence.draft[: max(0, sequence.length - sequence.target)]
+            if sequence.job.started_ns is None:
+                sequence.job.started_ns = now
+            sequence.last_served_ns = now
+            shares.append(Share(sequence, tokens, rows))
+        return shares
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let others find the sequence's full blocks, all of whose tokens must be its own."""
+        if sequence.chain is not None and sequence.state is not None:
+            sequence.chain.publish(self.pool, sequence.tokens, sequence.state)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's KV away; it is computed again when its turn comes."""
+        sequence.draft = []
+        if sequence.state is not None:
+            sequence.state.release()
+            sequence.state = None
+        if sequence.chain is not None:
+            sequence.chain.restart()
+
+    def states(self) -> list[PagedState]:
+        """The KV of all live sequences."""
+        return [sequence.state for sequence in self._active.values() if sequence.state is not None]
+
+    def check_integrity(self) -> None:
+        """Raise `EngineError` if a KV block is lost, held twice or free while held."""
+        self.pool.check_integrity([*self.states(), *self.held.states()])
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        if sequence.chain is None:
+            return []
+        return sequence.chain.lookup(self.pool, sequence.tokens, reusable(sequence))
