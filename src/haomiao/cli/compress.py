@@ -19,6 +19,7 @@ SCHEMES = ("nested", "full", "bf16")
 GROUPS = ("32", "64", "128")
 LO_SHIFTS = ("2", "3", "4", "auto")
 METHODS = ("rtn", "gptq")
+FORMATS = ("haomiao", "compressed-tensors")
 CALIBRATED = (
     *("bits", "order", "damping", "awq", "rotate", "prune", "allocation", "max_kl"),
     *("text", "samples", "length", "held", "restart", "threads"),
@@ -37,6 +38,11 @@ def configure(parser: ArgumentParser) -> None:
     )
     add("--no-lo", action="store_true", help="leave the second plane out: an ordinary int4 model, half the size")
     add("--force", action="store_true", help="replace OUT if it is an artifact")
+    add(
+        "--format",
+        type=options.one_of(FORMATS),
+        help="compressed-tensors: export an artifact (SRC), exactly, as a Hugging Face directory at --bits 4 or 8",
+    )
     add("--json", action="store_true", help="print one object about the artifact last")
     add("--quiet", action="store_true", help="no progress bar, no summary")
     convert = parser.add_argument_group("conversion")
@@ -69,6 +75,8 @@ def configure(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Convert or compress, and say what became of it."""
     model = options.require_model(args)
+    if args.format == "compressed-tensors":
+        return export(args, model)
     out = convert_only(args, model) if args.method is None and args.recipe is None else calibrated(args, model)
 
     from haomiao.cli.models import describe_artifact
@@ -80,6 +88,30 @@ def run(args: Namespace) -> int:
         terminal.note(terminal.model_line(about))
         for line in error_lines(about):
             terminal.note(line)
+    return 0
+
+
+def export(args: Namespace, model: str) -> int:
+    """An artifact's solution in another format, codes and scales as they are."""
+    for name in ("method", "recipe", "scheme", "group", "lo_shift", *(n for n in CALIBRATED if n != "bits")):
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} does not go with --format: compress to an artifact, then export it", param=flag)
+
+    from haomiao.cli.models import find_artifact
+    from haomiao.compress.export.compressed_tensors import export as write
+    from haomiao.load.artifact import Artifact
+
+    path = find_artifact(model)
+    if path is None:
+        raise InputError(f"{model} is no artifact: compress it first, then export the artifact", param="model")
+    with Artifact.open(path) as artifact:
+        point = "int8" if args.bits == "8" else "int4"
+        out = write(artifact, Path(args.output), point)
+    if args.json:
+        terminal.write_json({"path": str(out), "format": args.format, "point": point})
+    elif not args.quiet:
+        terminal.note(f"{out}: {args.format}, {point}")
     return 0
 
 
