@@ -13,9 +13,9 @@ from haomiao.errors import InputError
 
 def test_defaults_and_round_trip() -> None:
     assert recipe_of({}) == Recipe()
-    given = {"bits": 4, "group": 128, "prune": ["neurons:0.25", "wanda:2:4"], "max-kl": 0.01, "text": "a.txt"}
+    given = {"bits": 4, "group": 128, "prune": ["wanda:2:4"], "max-kl": 0.01, "text": "a.txt"}
     recipe = recipe_of(given)
-    assert recipe.prune == (Prune("neurons", 0.25), Prune("wanda", 0.5, (2, 4)))
+    assert recipe.prune == (Prune("wanda", 0.5, (2, 4)),)
     assert recipe_of(recipe.as_dict()) == recipe
     assert recipe.text == ("a.txt",)
 
@@ -55,7 +55,7 @@ def test_a_yaml_file(tmp_path: Path) -> None:
         ({"prune": "wanda:4:4"}, "4:4 needs"),
         ({"prune": "wanda:1:3"}, "1:3 needs"),
         ({"prune": ["wanda:0.5", "tile:0.3"]}, "one of tile or a pattern"),
-        ({"prune": ["heads:0.5", "heads:0.3"]}, "each structure once"),
+        ({"prune": "heads:0.5"}, "KIND:SHARE with KIND one of"),
         ({"prune": "tile:0.5", "method": "rtn"}, "needs method gptq"),
         ({"allocation": "owl"}, "something to prune"),
         ({"max_kl": 0.1, "lo": False}, "second plane"),
@@ -88,6 +88,6 @@ def test_hostile_files(tmp_path: Path, content: bytes, match: str) -> None:
         read_recipe(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("text", ["tile:0.3", "sparsegpt:2:4", "heads:0.125", "magnitude:0.5"])
+@pytest.mark.parametrize("text", ["tile:0.3", "sparsegpt:2:4", "magnitude:0.5"])
 def test_prunes_are_spelt_as_they_are_read(text: str) -> None:
     assert spell(parse_prune(text)) == text

@@ -15,7 +15,7 @@ from typing import Any
 from haomiao.cli import options, terminal
 from haomiao.errors import InputError
 
-SCHEMES = ("nested", "full", "bf16")
+SCHEMES = ("nested", "exact", "full", "bf16")
 GROUPS = ("32", "64", "128")
 LO_SHIFTS = ("2", "3", "4", "auto")
 METHODS = ("rtn", "gptq")
@@ -56,7 +56,7 @@ def configure(parser: ArgumentParser) -> None:
     add("--damping", type=options.number, help="share of the Hessian's mean diagonal (default 0.01)")
     add("--awq", action="store_true", default=None, help="scale inputs by their magnitude, folded into neighbours")
     add("--rotate", action="store_true", default=None, help="rotate the residual stream, folded into the weights")
-    add("--prune", action="append", metavar="KIND:SHARE", help="tile:0.3, sparsegpt:0.5, wanda:2:4, neurons:0.25, ...")
+    add("--prune", action="append", metavar="KIND:SHARE", help="tile:0.3, sparsegpt:0.5, wanda:2:4, ...")
     add("--allocation", type=options.one_of(("uniform", "owl")), help="how the share is spread over layers")
     add("--max-kl", type=options.number, help="drop second planes as long as the measured KL of int8 stays below")
     add(

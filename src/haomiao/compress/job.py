@@ -188,7 +188,7 @@ class Job:
             outliers[stage.weight] = outlier_share(latest[stage.weight], moments.hessian())
             self._tell()
         stream.remove()
-        prune = next(each for each in self.recipe.prune if not each.structured)
+        prune = self.recipe.prune[0]
         self.work.save(SURVEY, {}, {}, {"outliers": outliers, "shares": owl_shares(outliers, prune.share)})
 
     def _solve_stage(self, name: str, stage: Stage, weights: F32) -> None:

@@ -19,7 +19,6 @@ METHODS = ("rtn", "gptq")
 ORDERS = ("group", "static", "natural")
 ALLOCATIONS = ("uniform", "owl")
 PATTERNS = ("magnitude", "wanda", "sparsegpt")
-STRUCTURES = ("neurons", "heads", "layers")
 N_OF_M = re.compile(r"([1-9]\d?):([1-9]\d?)")
 MAX_FILE = 1 << 20
 
@@ -28,15 +27,10 @@ MAX_FILE = 1 << 20
 class Prune:
     """One kind of pruning; `share` is the part that goes."""
 
-    kind: Literal["tile", "magnitude", "wanda", "sparsegpt", "neurons", "heads", "layers"]
+    kind: Literal["tile", "magnitude", "wanda", "sparsegpt"]
     share: float
     pattern: tuple[int, int] | None = None
     """(n, m): n zeros in every m neighbouring columns of a row."""
-
-    @property
-    def structured(self) -> bool:
-        """Whole parts go and the model really gets smaller."""
-        return self.kind in STRUCTURES
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +120,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 def parse_prune(text: Any, where: str = "prune") -> Prune:
     """`tile:0.3`, `sparsegpt:0.5`, `wanda:2:4`, `neurons:0.25`, ... Raises `InputError`."""
-    kinds = ("tile", *PATTERNS, *STRUCTURES)
+    kinds = ("tile", *PATTERNS)
     kind, _, amount = str(text).partition(":")
     if kind not in kinds or not amount:
         raise InputError(
@@ -199,10 +193,9 @@ def _number(name: str, value: Any, refuse: Any) -> Any:
 
 def _agree(recipe: Recipe, where: str) -> None:
     """What must not stand together."""
-    kinds = [each.kind for each in recipe.prune]
-    masks = [each for each in recipe.prune if not each.structured]
-    if len(set(kinds)) != len(kinds) or len(masks) > 1:
-        raise InputError(f"{where}: prune may hold each structure once, and one of tile or a pattern", param="prune")
+    masks = recipe.prune
+    if len(masks) > 1:
+        raise InputError(f"{where}: prune may hold one of tile or a pattern", param="prune")
     if masks and masks[0].kind in ("tile", "sparsegpt") and recipe.method == "rtn":
         raise InputError(f"{where}: {spell(masks[0])} needs method gptq: pruning and rounding are one", param="prune")
     if recipe.allocation == "owl" and not masks:
