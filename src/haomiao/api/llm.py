@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from haomiao.api.answers import AnswerStream, Choice, Completion, completions_of
 from haomiao.api.requests import ChatPrompts, RequestMaker, token_ids
 from haomiao.engine.driver import Driver
+from haomiao.engine.idle import IdleWorker
 from haomiao.engine.request import DoneEvent, EngineRequest, Event
 from haomiao.errors import EngineError, HaomiaoError, InputError, ModelNotFoundError, UnavailableError
 from haomiao.types import F32, POINTS, Executor, KvType
@@ -50,6 +51,8 @@ class LLM:
         prefix_cache: bool = True,
         kv_memory: int | None = None,
         speculate: str | os.PathLike[str] = "auto",
+        monitor_rate: float | None = None,
+        max_kl: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Open a model: an artifact, a directory, a GGUF file, a Hugging Face id, or None for the embedded one.
@@ -65,12 +68,16 @@ class LLM:
         from haomiao.api.calibration import Calibration
         from haomiao.api.speculation import check_way, kv_type_of, make_speculator
         from haomiao.engine.engine import Engine
+        from haomiao.engine.monitor import DEFAULT_RATE, Monitor
         from haomiao.engine.sizing import size_pool
         from haomiao.models.open import open_model
 
         if kv is not None and kv not in ("f32", "bf16", "int8"):
             raise InputError(f"kv must be f32, bf16 or int8, not {kv!r:.40}", param="kv")
         way = check_way(speculate)
+        if monitor_rate is None:
+            monitor_rate = DEFAULT_RATE if max_kl is not None else 0.0
+        self.monitor = Monitor(monitor_rate, limit=max_kl)
         opened = open_model(
             model if model is None else os.fspath(model),
             point=point,
@@ -135,8 +142,11 @@ class LLM:
             cost=self._calibration.cost,
             errors=_measured_errors(opened),
             speculator=speculator,
+            monitor=self.monitor,
         )
         self._driver = Driver(engine)
+        self._idle = IdleWorker(self._driver)
+        self.monitor.on_waiting = self._idle.wake
 
     # ---- for programs that step themselves (serve) ------------------------------------------------------------------
 
@@ -257,6 +267,7 @@ class LLM:
         """Give threads and memory back; idempotent."""
         driver: Driver | None = getattr(self, "_driver", None)
         if driver is not None:
+            self._idle.close()
             driver.close()
 
     def __enter__(self) -> LLM:

@@ -49,6 +49,7 @@ def make_receipt(
         cached_tokens=job.cached_tokens,
         completion_tokens=sequence.produced if sequence is not None else 0,
         schedule=schedule,
+        step_kl=sum(sequence.step_kls) / len(sequence.step_kls) if sequence is not None and sequence.step_kls else None,
         drafted_tokens=sequence.drafted if sequence is not None else 0,
         accepted_tokens=sequence.accepted if sequence is not None else 0,
         estimated_error=_estimated_error(head.errors, schedule),

@@ -6,6 +6,7 @@ and on what was admitted since. Reads no clock; knows no executor beyond its poi
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from haomiao.engine import throttle
 from haomiao.engine.admission import admit, ladder_of, permitted
 from haomiao.engine.batch import work_of_new
 from haomiao.engine.cost import LearningCost, StepShape
-from haomiao.engine.forecast import Machine, Work
+from haomiao.engine.forecast import Machine, Work, forecast
 from haomiao.engine.lengths import AnswerLengths
 from haomiao.engine.promises import Promises
 from haomiao.engine.request import EngineRequest, FinishDetail
@@ -155,6 +156,21 @@ class Budgets:
         while level and self.ladder[level] in self._forbidden and self.ladder[level] != job.request.point:
             level -= 1
         return self.ladder[level]
+
+    def spare_ns(self, now: int, works: Sequence[Work]) -> float:
+        """Nanoseconds that may be taken from everybody now without any budget suffering: the least slack that is
+        forecast in the present gear. Infinite where nobody has a budget, 0 where nothing is known about time."""
+        budgeted = [work for work in works if not work.guest]
+        if not budgeted:
+            return math.inf
+        if self._cost is None:
+            return 0.0
+        done = forecast(now, works, self._machine(), self._cost, self.gear.level, floor_ns=self._floor(works))
+        if done is None:
+            return 0.0
+        slack = [work.deadline_ns - done[work.key].end_ns for work in budgeted if work.deadline_ns is not None]
+        slack += [work.first_ns - done[work.key].first_ns for work in budgeted if work.first_ns is not None]
+        return float(max(0, min(slack)))
 
     def chunk_tokens(self) -> int | None:
         """Prefill tokens of one step, at most: a quarter of the tightest budget seen lately; None without budgets."""

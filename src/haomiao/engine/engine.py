@@ -22,6 +22,7 @@ from haomiao.engine.budgets import CLOSING_TOKENS, Budgets
 from haomiao.engine.cost import LearningCost, StepShape
 from haomiao.engine.forecast import Work
 from haomiao.engine.held import HeldSequences
+from haomiao.engine.monitor import Monitor
 from haomiao.engine.prefix import PrefixChain, PrefixNames
 from haomiao.engine.random import fresh_seed
 from haomiao.engine.reporter import Reporter
@@ -66,11 +67,12 @@ class Engine:
         errors: Mapping[str, float] | None = None,
         max_requests: int = 1024,
         speculator: Speculator | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
         """`model_key` identifies the weights: prefix blocks of another key are never used. `name` and `errors` (the
         artifact's mean KL by point) go on receipts. `point` is where requests run, `points` are those that a budget may
         lower them to (default: all of the executor's). `max_requests` are queued or running before `OverloadError`.
-        `speculator` drafts tokens; it is closed with the engine."""
+        `speculator` drafts tokens, `monitor` measures the live error; they are closed with the engine."""
         self.executor = executor
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.limits = Limits(executor.vocab_size, max_context, executor.kv_blocks, tuple(executor.points))
@@ -90,6 +92,9 @@ class Engine:
         )
         self._round: tuple[StepShape, int, int] | None = None  # the last step: its shape, its beginning, its end
         self._speculator = speculator or Speculator(())
+        self.monitor = monitor or Monitor(0.0)
+        self.monitor.attach(executor, self.pool, self.budgets.forbid)
+        self._looked = False  # the monitor took time in the last step
         self._roster = Roster(self.pool, self._name_blocks, self._speculator.release)
         letterhead = Letterhead(
             name, int(getattr(executor, "threads", 0)), str(getattr(executor, "isa", "")), dict(errors or {})
@@ -150,7 +155,7 @@ class Engine:
         drafted = any(share.sequence.draft for share in shares)
         if result is not None:
             self._emit(step_plan.point, shares, result)
-            if not drafted:  # what a drafting round costs is the speculator's account
+            if not drafted and not self._looked:  # drafting rounds and shadow runs are not the step's own time
                 self._round = shape, now, max(self._clock(), now + result.elapsed_ns)
         if not len(self._roster):
             self._announce(shape, [], [], self._clock())
@@ -162,6 +167,11 @@ class Engine:
         self._take_in(now)
         self.budgets.publish(now, self._works())
         return self._reporter.take()
+
+    def idle(self) -> bool:
+        """Do a little of what can wait, at most a step or two. False if there is nothing to do, or something is
+        asked."""
+        return not self.busy and self.monitor.work()
 
     @property
     def busy(self) -> bool:
@@ -224,13 +234,14 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise `EngineError` if a KV block is lost, held twice or free while held."""
-        self._roster.check_integrity()
+        self._roster.check_integrity(self.monitor.states())
 
     def close(self) -> None:
         """Give everything back and close the executor; idempotent."""
         self._inbox.clear()
         self._roster.clear()
         self._speculator.close()
+        self.monitor.close()
         self.executor.close()
 
     def _name_blocks(self, job: Job) -> PrefixNames | None:
@@ -322,6 +333,14 @@ class Engine:
         elif spent:
             self._reporter.fail(sequence.job, DeadlineError("the budget was spent before the first token"), now)
 
+    def _spare_ns(self) -> float:
+        """Nanoseconds that may be taken now without any budget suffering; all there is where nobody has one."""
+        if self._inbox:
+            return 0.0
+        between = [each.job.request.itl_ns for each in self._roster if each.job.request.itl_ns is not None]
+        spare = self.budgets.spare_ns(self._clock(), [work_of(sequence) for sequence in self._roster])
+        return min(spare, min(between) - self._decode_ns()) if between else spare
+
     # ---- plan -----------------------------------------------------------------------------------------------------
 
     def _steer(self, now: int, works: list[Work]) -> None:
@@ -346,7 +365,7 @@ class Engine:
                 self.budgets.chunk_tokens(),
             )
             step_plan = scheduler.plan(now, state, self.cost)
-            if step_plan.blocked and self.held.drop_oldest():
+            if step_plan.blocked and (self.monitor.give_way() or self.held.drop_oldest()):
                 continue
             for key in step_plan.preempt:
                 self._roster.preempt(self._roster[key])
@@ -390,6 +409,7 @@ class Engine:
             self._speculator.fill(point, shares)
             batch = make_batch(point, shares)
             result = self.executor.step(batch)
+            self._looked = self.monitor.stepped(point, shares, batch, result, self._spare_ns)
         except BaseException as error:
             for share in shares:
                 share.sequence.cut(share.tokens)
@@ -422,7 +442,9 @@ class Engine:
                 for each in (sequence, *branches):
                     progress = each.consume(rows)
                     self._roster.publish(each)  # now that it holds nothing but what stands
-                    self._reporter.tell(each, progress, now)
+                    receipt = self._reporter.tell(each, progress, now)
+                    if receipt is not None:
+                        self.monitor.ended(each, receipt)
             except Exception as error:
                 self._reporter.fail(sequence.job, error, now)
             except BaseException:  # an interrupt: this request is half told, and the rest of the step not looked at

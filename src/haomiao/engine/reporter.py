@@ -14,7 +14,7 @@ from haomiao.engine.roster import Roster
 from haomiao.engine.sequence import Generation, Job, Progress, Reading
 from haomiao.engine.sequence import Sequence as Live
 from haomiao.errors import EngineError, HaomiaoError
-from haomiao.types import Observer, StepBatch, StepResult
+from haomiao.types import Observer, Receipt, StepBatch, StepResult
 
 
 class Reporter:
@@ -39,8 +39,8 @@ class Reporter:
         events, self._events = self._events, []
         return events
 
-    def tell(self, sequence: Live, progress: Progress, now: int) -> None:
-        """Turn a sequence's progress into events, and let it go if it ended."""
+    def tell(self, sequence: Live, progress: Progress, now: int) -> Receipt | None:
+        """Turn a sequence's progress into events, and let it go if it ended: then its receipt is returned."""
         job, detail = sequence.job, progress.detail
         if progress.token_ids or progress.text:
             if sequence.first_token_ns is None:
@@ -50,18 +50,19 @@ class Reporter:
                 TokenEvent(job.id, sequence.sample, progress.token_ids, progress.text, logprobs, sequence.point)
             )
         if detail is None:
-            return
+            return None
         self._roster.leave(sequence)
         generated = isinstance(sequence, Generation)
         if not generated and job.open:
-            return  # a choice ends with its last option
+            return None  # a choice ends with its last option
         if self._ended is not None:
             self._ended(job, sequence, now, detail)
+        receipt = make_receipt(self._letterhead, job, sequence, now, detail=detail)
         self._finish(
             DoneEvent(
                 job.id,
                 sequence.sample if generated else 0,
-                make_receipt(self._letterhead, job, sequence, now, detail=detail),
+                receipt,
                 finish_reason=FINISH_REASONS[detail],
                 finish_detail=detail,
                 scores=job.scores if job.request.work == "choose" else None,
@@ -69,6 +70,7 @@ class Reporter:
                 prompt_logprobs=sequence.prompt_logprobs if isinstance(sequence, Generation) else None,
             )
         )
+        return receipt
 
     def fail(self, job: Job, error: Exception, now: int) -> None:
         """End a request with an error: one event for each of its samples that is still open."""

@@ -7,7 +7,7 @@ Sequences come in by `open` and `enter`, are given room for a step by `make_room
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from haomiao.engine.batch import Share, reusable, rows_wanted, view_of
@@ -178,9 +178,9 @@ class Roster:
         """The KV of all live sequences."""
         return [sequence.state for sequence in self._active.values() if sequence.state is not None]
 
-    def check_integrity(self) -> None:
-        """Raise `EngineError` if a KV block is lost, held twice or free while held."""
-        self.pool.check_integrity([*self.states(), *self.held.states()])
+    def check_integrity(self, others: Iterable[PagedState] = ()) -> None:
+        """Raise `EngineError` if a KV block is lost, held twice or free while held. `others` hold blocks too."""
+        self.pool.check_integrity([*self.states(), *self.held.states(), *others])
 
     def _find_prefix(self, sequence: Sequence, point: str) -> tuple[str, list[int]]:
         """Blocks that it may start from, and the point at which they were computed: its own, or where it runs now."""

@@ -122,6 +122,8 @@ class Sequence:
         not stand are cut off again (engine/speculate)."""
         self.drafted = 0
         self.accepted = 0
+        self.step_kls: list[float] = []
+        """What the monitor found, nats."""
 
     @property
     def kv(self) -> PagedState:
