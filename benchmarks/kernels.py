@@ -1,11 +1,13 @@
 """How fast the linear kernels run, against what the machine can do at most.
 
-    python benchmarks/kernels.py [--isa avx512] [--threads 2] [--cols 896]
+    python benchmarks/kernels.py [--isa avx512] [--threads 1,2] [--cols 896,2048] [--save]
 
-Prints the ceilings first (streaming read, 8-bit dot products on registers), then each kernel: few tokens as GB/s of
-weights read and share of the read bandwidth, many tokens as GOPS and share of the peak. The last line is one JSON
-object. The weights are greater than any cache; the best and the median of the passes are shown, for other work on the
-machine makes passes slower and never faster.
+Prints the ceilings first (streaming read, 8-bit dot products and f32 multiply-adds on registers), then each kernel
+beside its own: no pass can be faster than reading the weights once, nor than its arithmetic at the peak; the greater of
+the two is the limit. Ceilings and kernels are measured in turns, in rounds, so that a minute in which neighbours are
+busy slows both. Shown are best, median and 90th percentile of the passes, and limit / best and limit / median. The last
+line is one JSON object; `--save` writes it to benchmarks/results/kernels-<isa>.json too. The weights of a pass over a
+few tokens should exceed the last-level cache.
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +31,9 @@ from haomiao import _core
 from haomiao.kernels import isa as instruction_sets
 from haomiao.kernels.native import weight_of
 from haomiao.kernels.packed import TILE_ROWS, Encoding, PackedTensor, padded_columns, tile_bytes
+from haomiao.measure.machine import describe_machine
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 KERNELS: tuple[tuple[str, Encoding, bool, str], ...] = (
     # name, encoding, both planes, activations
@@ -100,93 +109,166 @@ class Team:
         self.gate.wait()
 
 
-def passes(
-    team: Team, isa: str, packed: PackedTensor, both: bool, activation: str, tokens: int, seconds: float
-) -> list[float]:
-    """Seconds of each pass over the whole matrix, activations prepared beforehand."""
-    weight = weight_of(packed)
-    x = np.random.default_rng(3).standard_normal((tokens, packed.cols)).astype(np.float32)
-    prepared = _core.prepare(isa, activation, x, packed.padded_cols)
-    out = np.empty((tokens, packed.rows), np.float32)
+class Work:
+    """One kernel over a whole matrix for some tokens, activations prepared beforehand."""
 
-    def job(index: int) -> None:
-        begin, end = (packed.tiles * k // team.threads for k in (index, index + 1))
-        _core.linear(isa, weight, both, activation, prepared, out, None, begin, end)
+    def __init__(self, team: Team, isa: str, packed: PackedTensor, both: bool, activation: str, tokens: int) -> None:
+        weight = weight_of(packed)
+        x = np.random.default_rng(3).standard_normal((tokens, packed.cols)).astype(np.float32)
+        prepared = _core.prepare(isa, activation, x, packed.padded_cols)
+        out = np.empty((tokens, packed.rows), np.float32)
 
-    team.run(job)
-    times = []
-    limit = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < limit:
-        times.append(team.run(job))
-    return times
+        def job(index: int) -> None:
+            begin, end = (packed.tiles * k // team.threads for k in (index, index + 1))
+            _core.linear(isa, weight, both, activation, prepared, out, None, begin, end)
+
+        self.team, self.job, self.tokens = team, job, tokens
+        self.operations = 2.0 * packed.rows * packed.cols * tokens
+        self.times: list[float] = []
+        team.run(job)
+
+    def run(self, seconds: float) -> None:
+        """Passes for about that long, three at least."""
+        limit = time.perf_counter() + seconds
+        count = 0
+        while count < 3 or time.perf_counter() < limit:
+            self.times.append(self.team.run(self.job))
+            count += 1
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Ceilings on `threads` threads; medians over the rounds of a run."""
+
+    read_gb_s: float
+    int8_gops: float
+    f32_gflops: float
+
+    def arithmetic(self, isa: str, encoding: Encoding, both: bool) -> float | None:
+        """The peak for products of that encoding, GOPS; None where it was not measured."""
+        if encoding == "f32" or (encoding == "bf16" and isa != "avx512_bf16"):
+            return self.f32_gflops
+        if encoding == "bf16":
+            return None  # bf16 dot products
+        # AVX2's byte products saturate: codes of eight bits take two multiply-adds where nibbles take one
+        return self.int8_gops / 2 if isa == "avx2" and (both or encoding == "int8") else self.int8_gops
+
+
+def ceilings(threads: int, megabytes: int, seconds: float) -> Peaks:
+    return Peaks(
+        _core.read_bandwidth(threads, megabytes, seconds),
+        _core.int8_peak(threads, seconds / 4),
+        _core.f32_peak(threads, seconds / 4),
+    )
+
+
+def median_of(found: list[Peaks]) -> Peaks:
+    return Peaks(*(statistics.median(column) for column in zip(*(asdict(p).values() for p in found), strict=True)))
+
+
+def measure(arguments: argparse.Namespace, threads: int, cols: int) -> dict[str, Any]:
+    """All kernels at one shape and thread count; prints as it goes."""
+    first = ceilings(threads, arguments.megabytes, 0.3)
+    print(
+        f"{threads} threads: streaming read {first.read_gb_s:.1f} GB/s, int8 peak {first.int8_gops:.0f} GOPS, "
+        f"f32 peak {first.f32_gflops:.0f} GFLOPS"
+    )
+    print(f"{arguments.isa}, {cols} columns, group {arguments.group}")
+    print("kernel       tokens  best ms   median      p90    GB/s    GOPS  limit ms   /best /median  bound by")
+    team = Team(threads)
+    results = []
+    for name, encoding, both, activation in KERNELS:
+        if arguments.kernels and name not in arguments.kernels:
+            continue
+        hi_bytes, lo_bytes = tile_bytes(encoding, padded_columns(encoding, cols, arguments.group), arguments.group)
+        tile = hi_bytes + (lo_bytes if both else 0)
+        for counts, megabytes in ((arguments.tokens, arguments.megabytes), (arguments.prefill, 4)):
+            rows = max(1, megabytes * 1_000_000 // tile) * TILE_ROWS
+            packed = random_matrix(encoding, rows, cols, arguments.group, both)
+            works = [Work(team, arguments.isa, packed, both, activation, tokens) for tokens in counts]
+            found = []
+            for _ in range(arguments.rounds if works else 0):
+                found.append(ceilings(threads, arguments.megabytes, 0.04))
+                for work in works:
+                    work.run(arguments.seconds / arguments.rounds)
+            for work in works:
+                peaks = median_of(found)
+                arithmetic = peaks.arithmetic(arguments.isa, encoding, both)
+                # a prefill's weights are in the cache after the first pass
+                reading = packed.tiles * tile / peaks.read_gb_s * 1e-9 if megabytes > 4 else 0.0
+                computing = work.operations / arithmetic * 1e-9 if arithmetic else 0.0
+                results.append(report(name, work, packed.tiles * tile, reading, computing, peaks))
+    team.close()
+    return {"threads": threads, "cols": cols, "group": arguments.group, "ceilings": asdict(first), "kernels": results}
+
+
+def report(name: str, work: Work, size: int, reading: float, computing: float, peaks: Peaks) -> dict[str, Any]:
+    """One line, and the same as figures; `reading` and `computing` are seconds at the ceilings, 0 if unknown."""
+    best, median = min(work.times), statistics.median(work.times)
+    p90 = float(np.quantile(work.times, 0.9))
+    limit = max(reading, computing)
+    bound = "reading" if reading >= computing else "arithmetic"
+    print(
+        f"{name:12} {work.tokens:6} {best * 1e3:8.3f} {median * 1e3:8.3f} {p90 * 1e3:8.3f} {size / best * 1e-9:7.1f} "
+        f"{work.operations / best * 1e-9:7.0f} {limit * 1e3:9.3f} {limit / best:7.2f} {limit / median:7.2f}  {bound}",
+        flush=True,
+    )
+    return {
+        "kernel": name,
+        "tokens": work.tokens,
+        "passes": len(work.times),
+        "best_ms": best * 1e3,
+        "median_ms": median * 1e3,
+        "p90_ms": p90 * 1e3,
+        "gb_s": size / best * 1e-9,
+        "gops": work.operations / best * 1e-9,
+        "limit_ms": limit * 1e3,
+        "bound_by": bound,
+        "share_best": limit / best,
+        "share_median": limit / median,
+        "ceilings": asdict(peaks),
+    }
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with a mark if it has changes."""
+    try:
+        command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="linear kernels against the machine's ceilings")
     parser.add_argument("--isa", default=instruction_sets.selected(), choices=instruction_sets.available())
-    parser.add_argument("--threads", type=int, default=len(instruction_sets.allowed_cores()))
-    parser.add_argument("--cols", type=int, default=896)
+    parser.add_argument("--threads", type=integers, default=[len(instruction_sets.allowed_cores())])
+    parser.add_argument("--cols", type=integers, default=[896])
     parser.add_argument("--group", type=int, default=32, choices=(32, 64, 128))
     parser.add_argument("--megabytes", type=int, default=160, help="weights read by one pass over few tokens")
-    parser.add_argument("--kernels", default="", help="comma-separated names; default all")
-    parser.add_argument("--tokens", default="1,2,3,4,5,6,8")
-    parser.add_argument("--prefill", default="128,512")
-    parser.add_argument("--seconds", type=float, default=0.4, help="for each measurement")
+    parser.add_argument(
+        "--kernels", type=lambda text: [name.strip() for name in text.split(",")], help="names; default all"
+    )
+    parser.add_argument("--tokens", type=integers, default=[1, 2, 3, 4, 5, 6, 8])
+    parser.add_argument("--prefill", type=integers, default=[128, 512])
+    parser.add_argument("--seconds", type=float, default=0.4, help="for each measurement, all rounds together")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/kernels-<isa>.json")
     arguments = parser.parse_args()
-    wanted = [k.strip() for k in arguments.kernels.split(",") if k.strip()]
-
-    bandwidth = _core.read_bandwidth(arguments.threads, arguments.megabytes, 0.5)
-    peak = _core.int8_peak(arguments.threads, 0.3)
-    print(f"{arguments.threads} threads: streaming read {bandwidth:.1f} GB/s, int8 peak {peak:.0f} GOPS")
-    print(f"{arguments.isa}, {arguments.cols} columns, group {arguments.group}")
-    print("kernel       tokens  best ms   median    GB/s of read    GOPS of peak")
-
-    team = Team(arguments.threads)
-    results = []
-    for name, encoding, both, activation in KERNELS:
-        if wanted and name not in wanted:
-            continue
-        hi_bytes, lo_bytes = tile_bytes(
-            encoding, padded_columns(encoding, arguments.cols, arguments.group), arguments.group
-        )
-        tile = hi_bytes + (lo_bytes if both else 0)
-        few = [int(t) for t in arguments.tokens.split(",") if t]
-        many = [int(t) for t in arguments.prefill.split(",") if t]
-        for counts, megabytes in ((few, arguments.megabytes), (many, 4)):
-            if not counts:
-                continue
-            rows = max(1, megabytes * 1_000_000 // tile) * TILE_ROWS
-            packed = random_matrix(encoding, rows, arguments.cols, arguments.group, both)
-            for tokens in counts:
-                times = passes(team, arguments.isa, packed, both, activation, tokens, arguments.seconds)
-                best, median = min(times), statistics.median(times)
-                read = packed.tiles * tile / best * 1e-9
-                gops = 2.0 * rows * arguments.cols * tokens / best * 1e-9
-                figures = {
-                    "kernel": name,
-                    "tokens": tokens,
-                    "best_ms": best * 1e3,
-                    "median_ms": median * 1e3,
-                    "gb_s": read,
-                    "share_of_read": read / bandwidth,
-                    "gops": gops,
-                    "share_of_peak": gops / peak,
-                }
-                results.append(figures)
-                print(
-                    f"{name:12} {tokens:6} {best * 1e3:8.3f} {median * 1e3:8.3f} {read:7.1f} {read / bandwidth:7.2f} "
-                    f"{gops:7.0f} {gops / peak:7.2f}"
-                )
-    team.close()
     summary = {
+        "benchmark": "kernels",
         "isa": arguments.isa,
-        "threads": arguments.threads,
-        "cols": arguments.cols,
-        "group": arguments.group,
-        "read_gb_s": bandwidth,
-        "int8_peak_gops": peak,
-        "kernels": results,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "machine": describe_machine().as_dict(),
+        "runs": [measure(arguments, threads, cols) for threads in arguments.threads for cols in arguments.cols],
     }
+    if arguments.save:
+        (RESULTS / f"kernels-{arguments.isa}.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
 
 

@@ -209,11 +209,12 @@ double checked_bandwidth(int threads, int megabytes, double seconds) {
   return read_bandwidth(threads, megabytes, seconds);
 }
 
+template <double (*Peak)(int, double)>
 double checked_peak(int threads, double seconds) {
   require(threads >= 1 && threads <= 1024, "threads must be 1 to 1024");
   require(seconds >= 0 && seconds <= 60, "seconds must be 0 to 60");
   nb::gil_scoped_release release;
-  return int8_peak(threads, seconds);
+  return Peak(threads, seconds);
 }
 
 }  // namespace
@@ -239,7 +240,8 @@ void bind_kernels(nb::module_& m) {
   m.def("quantize_planes", quantize, "x"_a, "lo_shift"_a, "scales"_a, "hi"_a, "lo"_a.none(),
         "Round finite groups [groups, group] to codes of planes; False if a scale overflows.");
   m.def("read_bandwidth", checked_bandwidth, "threads"_a, "megabytes"_a, "seconds"_a, "Streaming read, GB/s.");
-  m.def("int8_peak", checked_peak, "threads"_a, "seconds"_a, "8-bit dot products on registers, GOPS.");
+  m.def("int8_peak", checked_peak<int8_peak>, "threads"_a, "seconds"_a, "8-bit dot products on registers, GOPS.");
+  m.def("f32_peak", checked_peak<f32_peak>, "threads"_a, "seconds"_a, "f32 multiply-adds on registers, GFLOPS.");
 }
 
 }  // namespace haomiao

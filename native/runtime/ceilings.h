@@ -11,4 +11,7 @@ double read_bandwidth(int threads, int megabytes, double seconds);
 // machine's best instruction set, on registers only, on `threads` threads at once for about `seconds`.
 double int8_peak(int threads, double seconds);
 
+// The same for fused multiply-adds of f32, in GFLOPS.
+double f32_peak(int threads, double seconds);
+
 }  // namespace haomiao

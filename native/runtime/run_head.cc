@@ -9,13 +9,13 @@
 
 namespace haomiao {
 
-void Runner::run(const LogitsPhase& phase, size_t, int thread) {
+void Runner::run(const LogitsPhase& phase, size_t index, int thread) {
   const HeadOp& op = phase.head;
   const Weight& w = weight(op.weight);
   const int rows = static_cast<int>(batch_.rows), vocab = plan_.vocab_size;
   if (rows == 0) return;
   const RowSource source = {phase.normed_by == kNone ? op.source : phase.norm_source, phase.normed_by,
-                            batch_.logit_rows};
+                            is_tail(index) ? nullptr : batch_.logit_rows};
   const Prepared prepared = prepare(source, w, rows, thread);
   const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
   std::fill(memory.best_at, memory.best_at + rows, kNone);
@@ -106,7 +106,10 @@ void Runner::bound_tiles(const LogitsPhase& phase, const Prepared& prepared, Sha
   int best[kFewTokens];
   for (int r = 0; r < rows; ++r) {
     seen[r] = -HUGE_VALF, best[r] = kNone, memory.reached[r] = -HUGE_VALF;
-    kernels_.head->lengths(prepared.x + r * prepared.stride, w.cols, w.padded_cols, memory.lengths + r * groups);
+    const float* x = prepared.x + r * prepared.stride;
+    kernels_.head->lengths(x, w.cols, w.padded_cols, memory.lengths + r * groups);
+    kernels_.linear->prepare(Activation::int8, x, 0, 1, 0, 1, w.cols, w.padded_cols,
+                             memory.singles + static_cast<size_t>(r) * single_bytes_);
   }
   for (int first = mine.begin; first < mine.end; first += kHeadTiles) {
     const int last = std::min(mine.end, first + kHeadTiles), stride = kHeadTiles * kTileRows;
@@ -132,13 +135,13 @@ void Runner::bound_tiles(const LogitsPhase& phase, const Prepared& prepared, Sha
   }
 }
 
-// Both planes of a few tiles, logits [rows][tiles * 32] in the thread's tile memory.
+// Both planes of a few tiles for one row or all, logits [rows][tiles * 32] in the thread's tile memory.
 void Runner::multiply_head(const HeadOp& op, const Prepared& prepared, Share rows, Share tiles, bool scaled,
                            const Thread& memory) {
   const Weight& w = weight(op.weight);
   const int stride = (tiles.end - tiles.begin) * kTileRows;
-  const uint8_t* x =
-      prepared.activations + kernels_.linear->activation_bytes(Activation::int8, rows.begin, w.padded_cols);
+  const bool single = rows.end == rows.begin + 1;  // its place among the others is the kernels' own business
+  const uint8_t* x = single ? memory.singles + static_cast<size_t>(rows.begin) * single_bytes_ : prepared.activations;
   kernels_.linear->linear({&w, Planes::both, Activation::int8, x, rows.end - rows.begin, tiles.begin, tiles.end,
                            memory.tile - tiles.begin * kTileRows, stride, nullptr, memory.scratch});
   if (scaled && op.scale != 1.0f) {

@@ -45,30 +45,65 @@ int Runner::stretch_of(const Weight& weight, int rows) const {
   return std::max(kLeastStretch, fit * kActivationBlock);
 }
 
-void Runner::run(const LinearPhase& phase, size_t, int thread) {
+void Runner::run(const LinearPhase& phase, size_t index, int thread) {
   const LinearOp& op = phase.linear;
   const Weight& w = weight(op.weight);
-  const int tokens = static_cast<int>(batch_.tokens);
+  const int tokens = rows_of(index);
+  if (tokens == 0) return;
+  const int first_tile = index + 1 == last_attention_ ? skipped_tiles(phase) : 0;
   const RowSource source = {phase.normed_by == kNone ? op.source : phase.norm_source, phase.normed_by, nullptr};
   const uint8_t* activations = prepare(source, w, tokens, thread).activations;
-  const Share tiles = share(tiles_of(w), phase.unit, thread);
-  if (tiles.begin == tiles.end) return;
+  const Share tiles = share(tiles_of(w) - first_tile, phase.unit, thread);
   const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
   const Activation kind = activation_of(w);
   const int stretch = stretch_of(w, tokens);
-  for (int first = 0; first < tokens; first += stretch) {
+  for (int first = 0; first < tokens && tiles.begin < tiles.end; first += stretch) {
     const LinearCall call = {&w,
                              point_->body,
                              kind,
                              activations + kernels_.linear->activation_bytes(kind, first, w.padded_cols),
                              std::min(stretch, tokens - first),
-                             tiles.begin,
-                             tiles.end,
+                             first_tile + tiles.begin,
+                             first_tile + tiles.end,
                              row(op.out, first),
                              buffers_[static_cast<size_t>(op.out)].stride,
                              vector(op.bias),
                              memory.scratch};
     multiply(phase, call, first, memory);
+  }
+  if (first_tile > 0) multiply_queries(phase, share(first_tile, phase.unit, thread), thread);
+}
+
+// Of the last QKV, the tiles of the queries if they are wanted for a few tokens only; 0 if all is computed for all.
+int Runner::skipped_tiles(const LinearPhase& phase) const {
+  if (!short_tail_ || batch_.rows > kFewTokens || phase.epilogue != Epilogue::heads) return 0;
+  const AttentionOp& op = phase.work.attention;
+  const int queries = op.heads * op.head_dim;
+  const bool apart = queries <= std::min(op.k_offset, op.v_offset) && queries % (phase.unit * kTileRows) == 0;
+  return apart ? queries / kTileRows : 0;
+}
+
+// The queries' tiles for the rows whose logits are wanted, each prepared and multiplied alone.
+void Runner::multiply_queries(const LinearPhase& phase, Share tiles, int thread) {
+  const LinearOp& op = phase.linear;
+  const Weight& w = weight(op.weight);
+  const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
+  const bool normed = phase.normed_by != kNone;
+  for (int r = 0; r < static_cast<int>(batch_.rows) && tiles.begin < tiles.end; ++r) {
+    const int token = batch_.logit_rows[r];
+    const RowSource source = {normed ? phase.norm_source : op.source, phase.normed_by, batch_.logit_rows + r};
+    const LinearCall call = {&w,
+                             point_->body,
+                             activation_of(w),
+                             prepare(source, w, 1, thread).activations,
+                             1,
+                             tiles.begin,
+                             tiles.end,
+                             row(op.out, token),
+                             buffers_[static_cast<size_t>(op.out)].stride,
+                             vector(op.bias),
+                             memory.scratch};
+    multiply(phase, call, token, memory);
   }
 }
 

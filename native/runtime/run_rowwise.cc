@@ -6,7 +6,7 @@
 namespace haomiao {
 
 void Runner::run(const RowwisePhase& phase, size_t index, int thread) {
-  const Share tokens = share(static_cast<int>(batch_.tokens), 1, thread);
+  const Share tokens = share(rows_of(index), 1, thread);
   const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
   for (int token = tokens.begin; token < tokens.end; ++token) {
     if (index == 0) fill_rope_tables(token);

@@ -57,7 +57,32 @@ Runner::Runner(Plan plan, const KernelTable& kernels, const RunnerOptions& optio
               checked("kv_blocks", options.kv_blocks, 1, kMostKvBlocks), plan_.max_context}),
       max_tokens_(static_cast<int>(options.max_step_tokens)) {
   check_points();
+  find_tail();
   reserve_memory();
+}
+
+// After the last attention a token's row matters only for its own logits. Operations that need to know which token they
+// work on do not follow it in any model we know; a plan in which they do is run for all rows to its end.
+void Runner::find_tail() {
+  last_attention_ = phases_.size();
+  size_t last = phases_.size(), after = plan_.ops.size();
+  for (size_t i = 0; i < phases_.size(); ++i) {
+    if (std::holds_alternative<AttentionPhase>(phases_[i].work)) last = i;
+  }
+  for (size_t i = 0; i < plan_.ops.size(); ++i) {
+    if (std::holds_alternative<AttentionOp>(plan_.ops[i])) after = i + 1;
+  }
+  if (last == phases_.size()) return;
+  for (size_t i = after; i < plan_.ops.size(); ++i) {
+    const Op& op = plan_.ops[i];
+    if (std::holds_alternative<EmbedOp>(op) || std::holds_alternative<RopeOp>(op)) return;
+  }
+  const AttentionOp& attention = std::get<AttentionPhase>(phases_[last].work).attention;
+  if (read_later(plan_, attention.qkv, after)) return;  // threads read it while rows move
+  for (int b = 0; b < static_cast<int>(plan_.buffers.size()); ++b) {
+    if (b != attention.out && read_later(plan_, b, after)) carried_.push_back(b);
+  }
+  last_attention_ = last;
 }
 
 void Runner::check_points() const {
@@ -132,8 +157,12 @@ void Runner::reserve_memory() {
   const size_t head_groups = screened_ ? static_cast<size_t>(weight(screened_->weight).padded_cols) / kGroup : 0;
   const size_t lo_norms_at = arena_.reserve(head_tiles * head_groups * sizeof(float));
   const size_t upper_at = arena_.reserve(head_tiles * kFewTokens * sizeof(float));
+  if (screened_) {
+    single_bytes_ =
+        (linear.activation_bytes(Activation::int8, 1, weight(screened_->weight).padded_cols) + 63) / 64 * 64;
+  }
   struct Offsets {
-    size_t activations, rows, tile, scratch, best, best_at, lengths, reached, kept;
+    size_t activations, rows, tile, scratch, best, best_at, lengths, singles, reached, kept;
   };
   std::vector<Offsets> threads;
   for (int t = 0; t < pool_.threads(); ++t) {
@@ -141,7 +170,8 @@ void Runner::reserve_memory() {
         {arena_.reserve(prepared_few), arena_.reserve(kFewTokens * static_cast<size_t>(widest_) * sizeof(float)),
          arena_.reserve(kTileFloats * sizeof(float)), arena_.reserve(scratch), arena_.reserve(tokens * sizeof(float)),
          arena_.reserve(tokens * sizeof(int32_t)), arena_.reserve(kFewTokens * head_groups * sizeof(float)),
-         arena_.reserve(kFewTokens * sizeof(float)), arena_.reserve(head_tiles * sizeof(int32_t))});
+         arena_.reserve(kFewTokens * single_bytes_), arena_.reserve(kFewTokens * sizeof(float)),
+         arena_.reserve(head_tiles * sizeof(int32_t))});
   }
   arena_.commit();
   for (size_t b = 0; b < buffers_.size(); ++b) buffers_[b].data = arena_.at<float>(buffer_at[b]);
@@ -154,7 +184,8 @@ void Runner::reserve_memory() {
   for (const Offsets& at : threads) {
     thread_memory_.push_back({arena_.at<uint8_t>(at.activations), arena_.at<float>(at.rows), arena_.at<float>(at.tile),
                               arena_.at<uint8_t>(at.scratch), arena_.at<float>(at.best), arena_.at<int32_t>(at.best_at),
-                              arena_.at<float>(at.lengths), arena_.at<float>(at.reached), arena_.at<int32_t>(at.kept)});
+                              arena_.at<float>(at.lengths), arena_.at<uint8_t>(at.singles),
+                              arena_.at<float>(at.reached), arena_.at<int32_t>(at.kept)});
   }
 
   int64_t offset = 0;
@@ -169,8 +200,10 @@ void Runner::reserve_memory() {
 
   sequence_of_.resize(tokens);
   positions_.resize(tokens);
-  tiles_.reserve(tokens);  // a tile holds at least one token
-  items_.reserve(tokens + static_cast<size_t>(kItemsPerThread) * static_cast<size_t>(pool_.threads()) + 1);
+  for (Attending* work : {&whole_, &tail_}) {
+    work->tiles.reserve(tokens);  // a tile holds at least one token
+    work->items.reserve(tokens + static_cast<size_t>(kItemsPerThread) * static_cast<size_t>(pool_.threads()) + 1);
+  }
   next_ = std::make_unique<std::atomic<uint32_t>[]>(2 * phases_.size());
   phase_ns_.resize(phases_.size());
 }

@@ -68,14 +68,21 @@ class Runner {
     float* best;           // [max tokens]: the greatest logit of this thread's share, per row
     int32_t* best_at;      // kNone where the share is empty
     float* lengths;        // [kFewTokens][groups of the head]: of the rows that are screened
+    uint8_t* singles;      // [kFewTokens][single_bytes_]: those rows, each prepared as if it were alone
     float* reached;        // [kFewTokens]: a logit that the greatest is not below
     int32_t* kept;         // [tiles of the head]
   };
   // A piece of every layer's attention: tokens of one sequence against the splits [split_begin, split_end).
   struct Item {
     int sequence, first_token, tokens;
+    int out_row;                             // where the first token's output goes
     int64_t split_begin, split_end, splits;  // splits: how many the last token's context has
     size_t partial;                          // floats: where the states of this tile begin
+  };
+  // One attention of a step: what there is to do, and whether it is divided by splits.
+  struct Attending {
+    std::vector<Item> tiles, items;  // capacity is reserved at load
+    bool split = false;              // tiles are divided into items, joined in a second pass
   };
   struct Share {
     int begin, end;
@@ -93,6 +100,7 @@ class Runner {
   };
 
   void check_points() const;
+  void find_tail();
   void reserve_memory();
   void begin_step(const PointSpec& point, const Batch& batch, float* logits);
   void choose_argmax(int32_t* argmax) const;
@@ -112,6 +120,8 @@ class Runner {
   void fill_rope_tables(int token);
   void transform_head(const HeadWork& work, int token, int head);
   // run_linear.cc
+  int skipped_tiles(const LinearPhase& phase) const;
+  void multiply_queries(const LinearPhase& phase, Share tiles, int thread);
   Prepared prepare(const RowSource& source, const Weight& weight, int rows, int thread);
   int stretch_of(const Weight& weight, int rows) const;
   void multiply(const LinearPhase& phase, LinearCall call, int first_token, const Thread& memory);
@@ -130,9 +140,12 @@ class Runner {
   bool may_win(int row, int tile, float needed) const;
   // run_attention.cc
   void plan_items();
-  void divide_tile(const Item& tile, int64_t groups);
+  void plan_tail();
+  void add_tiles(Attending& work, int sequence, int first_token, int tokens, int out_row) const;
+  void divide_tiles(Attending& work) const;
   size_t state_floats(int tokens) const;
-  void attend_item(const AttentionOp& op, const Item& item, int kv_head, uint8_t* scratch, bool merge);
+  void attend_item(const AttentionOp& op, const Item& item, int kv_head, uint8_t* scratch, bool split, bool merge);
+  void carry_rows() const;
 
   Activation activation_of(const Weight& weight) const;
   float* row(int buffer, int token) const {
@@ -149,6 +162,9 @@ class Runner {
   }
   const int32_t* block_table(int sequence) const { return batch_.block_tables + sequence * batch_.table_columns; }
   Share share(int count, int unit, int thread) const;
+  // Rows that a phase works on, and whether they are the logit rows, moved to the first places.
+  bool is_tail(size_t phase) const { return short_tail_ && phase > last_attention_; }
+  int rows_of(size_t phase) const { return static_cast<int>(is_tail(phase) ? batch_.rows : batch_.tokens); }
 
   struct Stored {
     float* data;
@@ -179,11 +195,14 @@ class Runner {
   int64_t widest_ = 0;
   std::vector<float*> rope_tables_;  // per rope [max tokens][dim]: cosines, sines
   float* partials_ = nullptr;
+  size_t single_bytes_ = 0;           // of one prepared row of the screened head
   size_t partial_capacity_ = 0;       // floats
   const HeadOp* screened_ = nullptr;  // the head, if its weights can be screened at all
   float* lo_norms_ = nullptr;         // [tiles][groups] of the head, once lo_norms_known_
   float* upper_ = nullptr;            // [kFewTokens][tiles]: bounds of this step's rows
   bool lo_norms_known_ = false;
+  size_t last_attention_ = 0;         // its phase, or phases_.size() if what follows cannot run for some rows alone
+  std::vector<int> carried_;          // buffers that are read after the last attention, its own output aside
   int unscreened_ = 0, backoff_ = 0;  // steps to go before screening is tried again; how many the last failure cost
 
   // This step's.
@@ -192,11 +211,11 @@ class Runner {
   float* logits_ = nullptr;
   std::vector<int32_t> sequence_of_;  // [max tokens]
   std::vector<int64_t> positions_;    // [max tokens]
-  std::vector<Item> tiles_, items_;   // capacity is reserved at load
+  Attending whole_, tail_;            // of all tokens; of the rows whose logits are wanted
+  bool short_tail_ = false;           // the last attention and what follows run for the logit rows alone
   bool screening_ = false;
   double rescored_ = -1;
   int64_t rescored_pairs_ = 0;                     // (row, tile) pairs
-  bool split_ = false;                             // tiles are divided into items by splits, joined in a second pass
   std::unique_ptr<std::atomic<uint32_t>[]> next_;  // [2 * phases]: the next attention item, the next to merge
 
   std::atomic<bool> stepping_{false};

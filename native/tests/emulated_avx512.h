@@ -133,6 +133,16 @@ static inline Integers cvtps_epi32(Floats x) { return halves<Integers>(_mm256_cv
 static inline Integers cvtepi8_epi32(__m128i x) {
   return {{_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))}};
 }
+static inline Integers cvtepi8_epi16(__m256i x) {
+  return {{_mm256_cvtepi8_epi16(_mm256_castsi256_si128(x)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(x, 1))}};
+}
+static inline __m256i cvtepi32_epi16(Integers x) {  // the lower half of each
+  int32_t lanes[16];
+  uint16_t words[16];
+  store(lanes, x);
+  for (int i = 0; i < 16; ++i) words[i] = static_cast<uint16_t>(lanes[i]);
+  return load<__m256i>(words);
+}
 static inline Integers cvtepu16_epi32(__m256i x) {
   return {{_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1))}};
 }
@@ -156,6 +166,10 @@ static inline void dpbusd(Integers& sum, Integers unsigned_bytes, Integers signe
   store(sums, sum), store(u, unsigned_bytes), store(s, signed_bytes);
   for (int i = 0; i < 64; ++i) sums[i / 4] += int32_t{u[i]} * s[i];
   sum = load<Integers>(sums);
+}
+static inline Integers dpwssd_epi32(Integers sum, Integers a, Integers b) {
+  return halves<Integers>([](__m256i s, __m256i x, __m256i y) { return _mm256_add_epi32(s, _mm256_madd_epi16(x, y)); },
+                          sum, a, b);
 }
 static inline void dpbf16(Floats& sum, Integers a, Integers b) {
   const auto odd = [](__m256i x) {
@@ -182,11 +196,14 @@ static inline void dpbf16(Floats& sum, Integers a, Integers b) {
 #define _mm512_cmp_ps_mask(a, b, predicate) haomiao::emulated::cmp_ps_mask<predicate>(a, b)
 #define _mm512_cvtepi32_epi8 haomiao::emulated::cvtepi32_epi8
 #define _mm512_cvtepi32_ps haomiao::emulated::cvtepi32_ps
+#define _mm512_cvtepi32_epi16 haomiao::emulated::cvtepi32_epi16
+#define _mm512_cvtepi8_epi16 haomiao::emulated::cvtepi8_epi16
 #define _mm512_cvtepi8_epi32 haomiao::emulated::cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 haomiao::emulated::cvtepu16_epi32
 #define _mm512_cvtph_ps haomiao::emulated::cvtph_ps
 #define _mm512_cvtps_epi32 haomiao::emulated::cvtps_epi32
 #define _mm512_cvtss_f32 haomiao::emulated::cvtss_f32
+#define _mm512_dpwssd_epi32 haomiao::emulated::dpwssd_epi32
 #define _mm512_div_ps haomiao::emulated::div_ps
 #define _mm512_extractf32x8_ps(a, half) haomiao::emulated::extractf32x8_ps<half>(a)
 #define _mm512_fmadd_ps haomiao::emulated::fmadd_ps

@@ -72,7 +72,7 @@ def test_against_the_twin_on_every_isa(
     best: F32 | None = None
     for isa in available():
         result = attend(isa, kv, q, k, v, window, softcap)
-        assert np.abs(result - expected).max() <= 3e-5, isa
+        assert np.abs(result - expected).max() <= (1e-3 if kv == "int8" else 3e-5), isa
         best = result if best is None else best
         np.testing.assert_array_equal(result.view(np.uint32), best.view(np.uint32), err_msg=isa)
 
@@ -104,8 +104,21 @@ def test_the_cut_does_not_change_a_bit(
 def test_error_over_a_long_context(kv: str) -> None:
     q, k, v = make(7, 3, 5000, 4, 64)
     error = np.abs(attend(available()[0], kv, q, k, v) - exact(kv, q, k, v))
-    assert np.median(error) <= 3e-7
-    assert error.max() <= 1e-5
+    assert np.median(error) <= (2e-5 if kv == "int8" else 3e-7)
+    assert error.max() <= (2e-4 if kv == "int8" else 1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_codes_of_16_bits_add_nothing_to_the_error_of_8_bits(spread: float, dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    q = (rng.normal(size=(8, 4 * dim)) * spread).astype(np.float32)
+    k, v = (rng.normal(size=(1500, dim)).astype(np.float32) for _ in range(2))
+    true, rounded = exact("f32", q, k, v), exact("int8", q, k, v)
+    found = attend(available()[0], "int8", q, k, v)
+    stored = np.sqrt(np.mean((rounded - true) ** 2))
+    assert np.sqrt(np.mean((found - true) ** 2)) <= 1.005 * stored
+    assert np.sqrt(np.mean((found - rounded) ** 2)) <= 0.1 * stored
 
 
 @pytest.mark.parametrize("kv", KV)

@@ -28,9 +28,12 @@ def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ceilings_are_positive() -> None:
     assert _core.read_bandwidth(1, 8, 0.0) > 0
     assert _core.int8_peak(1, 0.0) > 0
+    assert _core.f32_peak(1, 0.0) > 0
     assert len(isa.allowed_cores()) >= 1
     for threads, megabytes in ((0, 8), (1, 0), (5000, 8)):
         with pytest.raises(ValueError, match="must be"):
             _core.read_bandwidth(threads, megabytes, 0.0)
     with pytest.raises(ValueError, match="threads"):
         _core.int8_peak(0, 0.0)
+    with pytest.raises(ValueError, match="threads"):
+        _core.f32_peak(0, 0.0)

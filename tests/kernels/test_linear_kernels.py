@@ -60,6 +60,38 @@ def test_every_instruction_set_equals_the_twin(
                         assert np.array_equal(found, want), (isa, packed.encoding, activation, planes)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([1, 2, 3, 4, 7, 8, 9, 30]),
+    st.integers(0, 4),
+    st.sampled_from(["one sign", "by column", "random"]),
+    st.integers(0, 2**32 - 1),
+)
+def test_the_greatest_sums_are_exact(tokens: int, lo_shift: int, signs: str, seed: int) -> None:
+    """Codes at the ends of their range times activations of +-127: where sums of 16 bits would wrap or saturate."""
+    random = np.random.default_rng(seed)
+    rows, cols = 40, 96
+    sign = np.ones((rows + tokens, cols), np.int64)
+    if signs == "by column":
+        sign[:] = random.choice([-1, 1], cols)
+    elif signs == "random":
+        sign = random.choice([-1, 1], sign.shape)
+    of_weights, of_tokens = sign[:rows], sign[rows:]
+    scales = np.ones((rows, cols // 32), np.float16)
+    codes8, codes4 = np.where(of_weights < 0, -128, 127), np.where(of_weights < 0, -8, 7)
+    matrices = [
+        (pack.pack_int8(codes8, scales, 32), codes8),
+        (pack.pack_planes(codes4, None, scales, 32, 0), codes4),
+        (pack.pack_planes(codes4, codes4, scales, 32, lo_shift), codes4 * (1 << lo_shift) + codes4),
+    ]
+    for packed, codes in matrices:
+        factor = 2.0**-lo_shift if packed.lo is not None else 1.0
+        x = of_tokens.astype(np.float32) * 127  # a scale of exactly 1
+        want = (of_tokens * 127) @ codes.T * factor
+        for isa in ISAS:
+            assert np.array_equal(native.linear(packed, x, isa=isa), want.astype(np.float32)), (isa, packed.encoding)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(2, 60), st.data())
 def test_a_token_does_not_depend_on_its_company(tokens: int, data: st.DataObject) -> None:

@@ -1,10 +1,13 @@
 // Attention over paged K/V, read as stored. One (query token, kv head) at a time is the unit whose bits are fixed:
 // softmax inside splits of 512 absolute positions, splits merged in ascending order. However tokens are grouped into
 // calls, and calls into ranges of splits, every output has the same bits, in every instruction set:
-//   q' = q * scale; score = sum over d ascending of fma(q'[d], k[key][d], score), int8: times the key's scale;
+//   q' = q * scale; score = sum over d ascending of fma(q'[d], k[key][d], score);
+//   int8 K: q' = sq * codes of 16 bits, sq = max|q'| / 16383, codes rint(q' * (16383 / max|q'|)), as for activations;
+//   score = f32(exact sum of codes[d] k[key][d]) * (sq * the key's scale);
 //   softcap: cap * tanh(score / cap); masked keys take no part;
 //   per split: m = greatest score, p = exp(score - m), l = sum of p in 16 lanes (key mod 16, ascending, lanes added
-//   8, 4, 2, 1), o[d] = fma(p, v[key][d], o[d]) over keys ascending from 0; int8: p * the value's scale first;
+//   8, 4, 2, 1), o[d] = fma(p, v[key][d], o[d]) over keys ascending from 0;
+//   int8 V: p * the value's scale = sp * codes of 16 bits, likewise, per row and split; o[d] = f32(exact sum) * sp;
 //   splits, ascending: M' = max(M, m), L = fma(L, exp(M - M'), l * exp(m - M')), O likewise; out = O / L.
 #pragma once
 #include <stddef.h>

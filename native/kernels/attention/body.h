@@ -1,8 +1,9 @@
 // The attention kernels over Lanes, compiled once per instruction set. Include one instruction set's lanes first.
 //
-// A row is one (query token, head). Up to kPassRows rows go through a split together, K and V loaded once for all of
-// them: scores of the whole split, softmax, then values. A row's own arithmetic never depends on the others
-// (attention.h states it).
+// A row is one (query token, head), tokens one after the other. Up to kPassRows rows go through a split together, K and
+// V loaded once for all of them: scores of the whole split, softmax, then values. A row's own arithmetic never depends
+// on the others (attention.h states it). int8 K and V meet queries and probabilities of 16 bits in exact integer sums,
+// in which what is masked counts zero.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -34,13 +35,41 @@ size_t partial_floats(int heads_per_kv, int head_dim, int tokens) {
   return (rows * (2 + static_cast<size_t>(padded_dim(head_dim))) + 15) / 16 * 16;
 }
 
-// Scaled queries [rows][head_dim], the split's state, the merged state of the splits before it, and a pass's scores.
-size_t scratch_bytes(int heads_per_kv, int head_dim, int tokens) {
-  const size_t rows = static_cast<size_t>(heads_per_kv) * static_cast<size_t>(tokens);
-  const size_t queries = (rows * static_cast<size_t>(head_dim) + 15) / 16 * 16;
-  const size_t scores = static_cast<size_t>(kPassRows) * kKvSplit;
-  return sizeof(float) * (queries + 2 * partial_floats(heads_per_kv, head_dim, tokens) + scores);
-}
+// Queries as the scores take them, scaled: floats, or for int8 codes of 16 bits and a scale for each row.
+struct Queries {
+  const float* x;      // [rows][head_dim]
+  const int16_t* q;    // [rows][even_dim]
+  const float* scale;  // [rows]
+};
+
+// A pass's scores, then probabilities, and for int8 their codes and scales.
+struct Scores {
+  float* s;      // [kPassRows][kKvSplit]
+  int16_t* p;    // [kPassRows][kKvSplit]
+  float* scale;  // [kPassRows]
+};
+
+inline size_t whole_vectors(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Sections of a call's scratch memory, in bytes.
+struct Scratch {
+  size_t queries, codes, scales, state, all, scores, probabilities, end;
+
+  Scratch(int heads_per_kv, int head_dim, int tokens) {
+    const size_t rows = static_cast<size_t>(heads_per_kv) * static_cast<size_t>(tokens);
+    const size_t states = sizeof(float) * partial_floats(heads_per_kv, head_dim, tokens);
+    const size_t pass = static_cast<size_t>(kPassRows) * kKvSplit;
+    queries = 0;
+    codes = queries + whole_vectors(rows * static_cast<size_t>(head_dim) * sizeof(float));
+    scales = codes + whole_vectors(rows * static_cast<size_t>(even_dim(head_dim)) * sizeof(int16_t));
+    state = scales + whole_vectors((rows + kPassRows) * sizeof(float));
+    all = state + states, scores = all + states;
+    probabilities = scores + pass * sizeof(float);
+    end = probabilities + pass * sizeof(int16_t);
+  }
+};
+
+size_t scratch_bytes(int heads_per_kv, int head_dim, int tokens) { return Scratch(heads_per_kv, head_dim, tokens).end; }
 
 // The blocks of one split as the rows of a pass meet them. Keys count from the split's first position.
 template <typename T>
@@ -54,9 +83,10 @@ struct Split {
   }
 };
 
-// s[r][key] = sum over d of q[r][d] k[d][key] for R rows and C x 16 keys.
+// s[r][key] = sum over d of q[r][d] k[d][key] for R rows from `row` on and C x 16 keys.
 template <int R, int C, typename T>
-inline void score_keys(const float* q, int head_dim, const T* k, float* s) {
+inline void score_keys(const Queries& queries, int row, int head_dim, const T* k, float* s) {
+  const float* q = queries.x + static_cast<int64_t>(row) * head_dim;
   Lanes sum[R][C];
   HAOMIAO_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -74,6 +104,30 @@ inline void score_keys(const float* q, int head_dim, const T* k, float* s) {
   HAOMIAO_UNROLL
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) store(s + r * kKvSplit + c * 16, sum[r][c]);
+  }
+}
+
+template <int R, int C>
+inline void score_keys(const Queries& queries, int row, int head_dim, const int8_t* k, float* s) {
+  const int dim = even_dim(head_dim);
+  const int16_t* q = queries.q + static_cast<int64_t>(row) * dim;
+  Ints sum[R][C];
+  HAOMIAO_UNROLL
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) sum[r][c] = no_ints();
+  }
+  for (int d = 0; d < dim; d += 2) {
+    Pairs keys[C];
+    for (int c = 0; c < C; ++c) keys[c] = load_pairs(k + d * kKvBlock + c * 32);
+    HAOMIAO_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Pairs x = broadcast_pair(q + r * dim + d);
+      for (int c = 0; c < C; ++c) sum[r][c] = add_dot(x, keys[c], sum[r][c]);
+    }
+  }
+  HAOMIAO_UNROLL
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) store(s + r * kKvSplit + c * 16, to_lanes(sum[r][c]));
   }
 }
 
@@ -105,28 +159,73 @@ inline void add_values(const Split<T>& split, const float* p, int d, int low, in
   }
 }
 
+// o[r][..] = scale[r] sum of p[r][key] v[key][..], for a range that holds all keys whose p is not 0.
+template <int R, int C>
+inline void sum_values(const Split<int8_t>& split, const Scores& scores, int d, int low, int high, float* o) {
+  const int dim = padded_dim(split.call.head_dim);
+  Ints sum[R][C];
+  HAOMIAO_UNROLL
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) sum[r][c] = no_ints();
+  }
+  for (int key = low / 2 * 2; key < high;) {
+    const int8_t* v = split.block(key / kKvBlock).v + 2 * d;
+    const int end = (key / kKvBlock + 1) * kKvBlock < high ? (key / kKvBlock + 1) * kKvBlock : high;
+    for (; key < end; key += 2) {
+      Pairs values[C];
+      for (int c = 0; c < C; ++c) values[c] = load_pairs(v + key % kKvBlock * dim + c * 32);
+      HAOMIAO_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const Pairs x = broadcast_pair(scores.p + r * kKvSplit + key);
+        for (int c = 0; c < C; ++c) sum[r][c] = add_dot(x, values[c], sum[r][c]);
+      }
+    }
+  }
+  HAOMIAO_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const Lanes scale = broadcast(scores.scale[r]);
+    for (int c = 0; c < C; ++c) store(o + r * dim + c * 16, multiply(to_lanes(sum[r][c]), scale));
+  }
+}
+
+// Vectors of 16 that R rows take at once: few rows take two, or every sum would wait for the one before it.
+template <int R>
+constexpr int vectors_of() {
+  return R <= 2 ? 2 : kPassVectors;
+}
+
 template <int R, typename T>
 inline void add_all_values(const Split<T>& split, const float* p, int low, int high, float* o) {
+  constexpr int C = vectors_of<R>();
   const int dim = padded_dim(split.call.head_dim);
   int d = 0;
-  for (; d + 16 * kPassVectors <= dim; d += 16 * kPassVectors)
-    add_values<R, kPassVectors>(split, p, d, low, high, o + d);
+  for (; d + 16 * C <= dim; d += 16 * C) add_values<R, C>(split, p, d, low, high, o + d);
   for (; d < dim; d += 16) add_values<R, 1>(split, p, d, low, high, o + d);
+}
+
+template <int R>
+inline void sum_all_values(const Split<int8_t>& split, const Scores& scores, int low, int high, float* o) {
+  constexpr int C = vectors_of<R>();
+  const int dim = padded_dim(split.call.head_dim);
+  int d = 0;
+  for (; d + 16 * C <= dim; d += 16 * C) sum_values<R, C>(split, scores, d, low, high, o + d);
+  for (; d < dim; d += 16) sum_values<R, 1>(split, scores, d, low, high, o + d);
 }
 
 constexpr float kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// Scores of one row, keys [low, high) of the split, to probabilities (times the values' scales for int8). Lanes of the
-// first and the last vector that are not seen become 0.
+// Scores of one row, keys [low, high) of the split, to probabilities; `scale` is the query's (int8). Lanes of the first
+// and the last vector that are not seen become 0.
 template <typename T>
-inline void soften(const Split<T>& split, float* s, int low, int high, float* m, float* l) {
+inline void soften(const Split<T>& split, float* s, float scale, int low, int high, float* m, float* l) {
   const int begin = low / 16 * 16, end = (high + 15) / 16 * 16;
   const Lanes none = broadcast(-kInfinity), cap = broadcast(split.call.softcap);
   Lanes top = none;
   for (int key = begin; key < end; key += 16) {
     Lanes score = load(s + key);
     if constexpr (sizeof(T) == 1) {
-      score = multiply(score, load(split.block(key / kKvBlock).key_scales + key % kKvBlock));
+      const Lanes keys = load(split.block(key / kKvBlock).key_scales + key % kKvBlock);
+      score = multiply(score, multiply(broadcast(scale), keys));
     }
     if (split.call.softcap > 0) score = multiply(cap, tanh_lanes(divide(score, cap)));
     if (key < low || key + 16 > high) {
@@ -141,12 +240,36 @@ inline void soften(const Split<T>& split, float* s, int low, int high, float* m,
   const Lanes most = broadcast(*m);
   Lanes total = broadcast(0.0f);
   for (int key = begin; key < end; key += 16) {
-    Lanes p = exp_lanes(subtract(load(s + key), most));
+    const Lanes p = exp_lanes(subtract(load(s + key), most));
     total = add(total, p);
-    if constexpr (sizeof(T) == 1) p = multiply(p, load(split.block(key / kKvBlock).value_scales + key % kKvBlock));
     store(s + key, p);
   }
   *l = sum(total);
+}
+
+// Probabilities times the values' scales as codes of 16 bits; zero outside the keys [low, high) that are seen, in the
+// whole range [first, last) of the pass.
+inline void quantize_probabilities(const Split<int8_t>& split, const float* s, int low, int high, int first, int last,
+                                   int16_t* codes, float* scale) {
+  const int begin = low / 16 * 16, end = (high + 15) / 16 * 16, from = first / 16 * 16;
+  memset(codes + from, 0, sizeof(int16_t) * static_cast<size_t>((last + 15) / 16 * 16 - from));
+  *scale = 0;
+  const auto scaled = [&](int key) {
+    const Lanes index = add(load(kIndex), broadcast(static_cast<float>(key))), zero = broadcast(0.0f);
+    Lanes v = multiply(load(s + key), load(split.block(key / kKvBlock).value_scales + key % kKvBlock));
+    if (key < low) v = select_less(index, broadcast(static_cast<float>(low)), zero, v);
+    return key + 16 > high ? select_less(index, broadcast(static_cast<float>(high)), v, zero) : v;  // stale scales
+  };
+  Lanes top = broadcast(0.0f), total = broadcast(0.0f);
+  for (int key = begin; key < end; key += 16) {
+    const Lanes v = scaled(key);
+    top = select_less(top, v, v, top), total = add(total, v);
+  }
+  const float most = greatest(top), all = sum(total), factor = kCodes16 / most;
+  if (!(all < kInfinity)) *scale = __builtin_nanf("");  // a NaN or an infinity among them
+  if (!(all < kInfinity) || factor > kGreatest) return;
+  *scale = most / kCodes16;
+  for (int key = begin; key < end; key += 16) store_rounded(codes + key, multiply(scaled(key), broadcast(factor)));
 }
 
 // Keys of the split that a token sees: [low, high).
@@ -165,62 +288,82 @@ inline Seen seen_by(const AttentionCall& call, int token, int64_t first_key) {
                                              : high)};
 }
 
-// R rows: `tokens` tokens from `token` on with R / tokens heads each; q, s and state begin at the first of them.
+// Blocks lie apart and are short, which the processor's own prefetching does not follow: while the first pass of a
+// split scores a block, its values and the keys of one further on are asked for.
+template <typename T>
+inline void prefetch_for(const Split<T>& split, int block, int last) {
+  constexpr int kAhead = 2;
+  const int dim = split.call.head_dim;
+  const BlockView<T> here = split.block(block);
+  const char* values = reinterpret_cast<const char*>(here.v);
+  const int64_t value_bytes = kKvBlock * (padded_dim(dim) * static_cast<int64_t>(sizeof(T)) + (sizeof(T) == 1 ? 8 : 0));
+  for (int64_t i = 0; i < value_bytes; i += 64) __builtin_prefetch(values + i);
+  if (block + kAhead >= last) return;
+  const char* keys = reinterpret_cast<const char*>(split.block(block + kAhead).k);
+  const int64_t key_bytes = kKvBlock * even_dim(dim) * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < key_bytes; i += 64) __builtin_prefetch(keys + i);
+}
+
+// R rows from `row` on; s and state begin at the first of them.
 template <int R, typename T>
-void attend_pass(const Split<T>& split, int token, int tokens, const float* q, float* s, const State& state) {
+void attend_pass(const Split<T>& split, int row, const Queries& queries, const Scores& scores, const State& state) {
   const AttentionCall& call = split.call;
-  const int heads = R / tokens, dim = padded_dim(call.head_dim);
+  const int heads = call.heads_per_kv, dim = padded_dim(call.head_dim);
   const int64_t first_key = split.first_block * kKvBlock;
-  // Later tokens see later keys: all of them see [common.low, common.high).
-  const Seen first = seen_by(call, token, first_key), last = seen_by(call, token + tokens - 1, first_key);
+  constexpr int C = vectors_of<R>();
+  // Later tokens see later keys: all rows together see [first.low, last.high), all of them [common.low, common.high).
+  const Seen first = seen_by(call, row / heads, first_key), last = seen_by(call, (row + R - 1) / heads, first_key);
   for (int block = first.low / kKvBlock; block * kKvBlock < last.high; ++block) {
+    if (row == 0) prefetch_for(split, block, (last.high + kKvBlock - 1) / kKvBlock);
     const T* k = split.block(block).k;
-    for (int key = 0; key < kKvBlock; key += 16 * kPassVectors) {
-      score_keys<R, kPassVectors>(q, call.head_dim, k + key, s + block * kKvBlock + key);
+    constexpr int kKeyBytes = sizeof(T) == 1 ? 2 : 1;  // elements from one key to the next
+    for (int key = 0; key < kKvBlock; key += 16 * C) {
+      score_keys<R, C>(queries, row, call.head_dim, k + key * kKeyBytes, scores.s + block * kKvBlock + key);
     }
   }
   const Seen common = {last.low, first.high < last.low ? last.low : first.high};
-  for (int t = 0, r = 0; t < tokens; ++t) {
-    const Seen seen = seen_by(call, token + t, first_key);
-    for (int head = 0; head < heads; ++head, ++r) {
-      if (seen.low >= seen.high) continue;
-      float* p = s + r * kKvSplit;
-      soften(split, p, seen.low, seen.high, state.m + r, state.l + r);
+  for (int r = 0; r < R; ++r) {
+    const Seen seen = seen_by(call, (row + r) / heads, first_key);
+    float* s = scores.s + r * kKvSplit;
+    const bool any = seen.low < seen.high;
+    if (any) soften(split, s, queries.scale[row + r], seen.low, seen.high, state.m + r, state.l + r);
+    if constexpr (sizeof(T) == 1) {
+      quantize_probabilities(split, s, any ? seen.low : 0, any ? seen.high : 0, first.low, last.high,
+                             scores.p + r * kKvSplit, scores.scale + r);
+    } else {
       const int before = seen.high < common.low ? seen.high : common.low;
-      if (seen.low < before) add_all_values<1>(split, p, seen.low, before, state.o + r * dim);
+      if (any && seen.low < before) add_all_values<1>(split, s, seen.low, before, state.o + r * dim);
     }
   }
-  if (common.low < common.high) add_all_values<R>(split, s, common.low, common.high, state.o);
-  for (int t = 0, r = 0; t < tokens; ++t) {
-    const Seen seen = seen_by(call, token + t, first_key);
-    const int after = seen.low > common.high ? seen.low : common.high;
-    for (int head = 0; head < heads && tokens > 1; ++head, ++r) {
-      if (after < seen.high) add_all_values<1>(split, s + r * kKvSplit, after, seen.high, state.o + r * dim);
+  if constexpr (sizeof(T) == 1) {
+    if (first.low < last.high) sum_all_values<R>(split, scores, first.low, last.high, state.o);
+  } else {
+    if (common.low < common.high) add_all_values<R>(split, scores.s, common.low, common.high, state.o);
+    for (int r = 0; r < R; ++r) {
+      const Seen seen = seen_by(call, (row + r) / heads, first_key);
+      const int after = seen.low > common.high ? seen.low : common.high;
+      if (after < seen.high) add_all_values<1>(split, scores.s + r * kKvSplit, after, seen.high, state.o + r * dim);
     }
   }
 }
 
 template <int R, typename T>
-inline void dispatch(int rows, const Split<T>& split, int token, int tokens, const float* q, float* s,
+inline void dispatch(int rows, const Split<T>& split, int row, const Queries& queries, const Scores& scores,
                      const State& state) {
-  if (rows == R) return attend_pass<R>(split, token, tokens, q, s, state);
-  if constexpr (R > 1) dispatch<R - 1>(rows, split, token, tokens, q, s, state);
+  if (rows == R) return attend_pass<R>(split, row, queries, scores, state);
+  if constexpr (R > 1) dispatch<R - 1>(rows, split, row, queries, scores, state);
 }
 
-// All rows of the call against one split: several tokens in a pass, or one token's heads in several.
+// All rows of the call against one split, in passes of about the same size.
 template <typename T>
-void attend_split(const Split<T>& split, const float* q, float* s, const State& state) {
+void attend_split(const Split<T>& split, const Queries& queries, const Scores& scores, const State& state) {
   const AttentionCall& call = split.call;
-  const int heads = call.heads_per_kv, dim = padded_dim(call.head_dim);
-  const int together = heads < kPassRows ? kPassRows / heads : 1;
-  for (int token = 0; token < call.tokens; token += together) {
-    const int tokens = call.tokens - token < together ? call.tokens - token : together;
-    for (int head = 0; head < heads; head += kPassRows) {
-      const int count = heads - head < kPassRows ? heads - head : kPassRows, row = token * heads + head;
-      const State rows = {state.m + row, state.l + row, state.o + static_cast<int64_t>(row) * dim};
-      const float* queries = q + static_cast<int64_t>(row) * call.head_dim;
-      dispatch<kPassRows>(count * tokens, split, token, tokens, queries, s, rows);
-    }
+  const int rows = call.heads_per_kv * call.tokens, dim = padded_dim(call.head_dim);
+  const int passes = (rows + kPassRows - 1) / kPassRows;
+  for (int pass = 0; pass < passes; ++pass) {
+    const int row = rows * pass / passes, end = rows * (pass + 1) / passes;
+    const State part = {state.m + row, state.l + row, state.o + static_cast<int64_t>(row) * dim};
+    dispatch<kPassRows>(end - row, split, row, queries, scores, part);
   }
 }
 
@@ -271,15 +414,30 @@ void scale_queries(const AttentionCall& call, float* q) {
   }
 }
 
+// The scaled queries of a row as codes of 16 bits.
+void quantize_queries(int rows, int head_dim, const float* x, int16_t* codes, float* scales) {
+  const int dim = even_dim(head_dim);
+  for (int r = 0; r < rows; ++r, x += head_dim, codes += dim) {
+    const float factor = quantization(x, head_dim, kCodes16, scales + r);
+    memset(codes, 0, sizeof(int16_t) * static_cast<size_t>(dim));
+    for (int d = 0; d < head_dim && factor > 0; ++d) codes[d] = static_cast<int16_t>(rintf(x[d] * factor));
+  }
+}
+
 template <typename T>
 void attend_as(const AttentionCall& call) {
   const int rows = call.heads_per_kv * call.tokens, dim = padded_dim(call.head_dim);
   const size_t floats = partial_floats(call.heads_per_kv, call.head_dim, call.tokens);
-  float* q = static_cast<float*>(call.scratch);
-  float* states = q + (static_cast<size_t>(rows) * static_cast<size_t>(call.head_dim) + 15) / 16 * 16;
-  const State all = state_at(states + floats, rows);
-  float* scores = states + 2 * floats;
+  const Scratch at(call.heads_per_kv, call.head_dim, call.tokens);
+  uint8_t* memory = static_cast<uint8_t*>(call.scratch);
+  const auto floats_at = [&](size_t offset) { return reinterpret_cast<float*>(memory + offset); };
+  float *q = floats_at(at.queries), *scales = floats_at(at.scales), *states = floats_at(at.state);
+  int16_t* codes = reinterpret_cast<int16_t*>(memory + at.codes);
+  const State all = state_at(floats_at(at.all), rows);
+  const Queries queries = {q, codes, scales};
+  const Scores scores = {floats_at(at.scores), reinterpret_cast<int16_t*>(memory + at.probabilities), scales + rows};
   scale_queries(call, q);
+  if constexpr (sizeof(T) == 1) quantize_queries(rows, call.head_dim, q, codes, scales);
   const int64_t earliest = call.first_position - call.window + 1;
   const int64_t first_key = call.window == 0 || earliest < 0 ? 0 : earliest;
   const int64_t last_key = call.first_position + call.tokens - 1;
@@ -290,7 +448,7 @@ void attend_as(const AttentionCall& call) {
     float* place = call.partials ? call.partials + static_cast<size_t>(split - begin) * floats : states;
     const State state = state_at(place, rows);
     state.clear(rows, dim);
-    attend_split(Split<T>{call, split * (kKvSplit / kKvBlock)}, q, scores, state);
+    attend_split(Split<T>{call, split * (kKvSplit / kKvBlock)}, queries, scores, state);
     if (!call.partials) join(all, state, rows, dim);
   }
   if (!call.partials) finish(call, all);

@@ -72,6 +72,31 @@ inline __m256 add_exponent(__m256 y, __m256 z) {
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), n));
 }
 inline Lanes add_exponent(Lanes y, Lanes z) { return {add_exponent(y.a, z.a), add_exponent(y.b, z.b)}; }
+// Sixteen lanes of two 16-bit integers, and of one 32-bit integer.
+struct Pairs {
+  __m256i a, b;
+};
+struct Ints {
+  __m256i a, b;
+};
+inline Ints no_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline __m256i widen_pairs(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Pairs load_pairs(const int8_t* p) { return {widen_pairs(p), widen_pairs(p + 16)}; }
+inline Pairs broadcast_pair(const int16_t* p) {
+  int32_t both;
+  memcpy(&both, p, 4);
+  return {_mm256_set1_epi32(both), _mm256_set1_epi32(both)};
+}
+inline Ints add_dot(Pairs x, Pairs y, Ints z) {
+  return {_mm256_add_epi32(z.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(z.b, _mm256_madd_epi16(x.b, y.b))};
+}
+inline Lanes to_lanes(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline void store_rounded(int16_t* p, Lanes x) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));
+}
 inline float sum(Lanes x) {
   const __m256 eight = _mm256_add_ps(x.a, x.b);
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

@@ -5,6 +5,7 @@
 #endif
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 namespace haomiao {
 namespace {
@@ -50,6 +51,27 @@ inline Lanes absolute(Lanes a) { return {_mm512_abs_ps(a.v)}; }
 inline Lanes add_exponent(Lanes y, Lanes z) {
   const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(z.v), 23);
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y.v), n))};
+}
+// Sixteen lanes of two 16-bit integers, and of one 32-bit integer.
+struct Pairs {
+  __m512i v;
+};
+struct Ints {
+  __m512i v;
+};
+inline Ints no_ints() { return {_mm512_setzero_si512()}; }
+inline Pairs load_pairs(const int8_t* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline Pairs broadcast_pair(const int16_t* p) {
+  int32_t both;
+  memcpy(&both, p, 4);
+  return {_mm512_set1_epi32(both)};
+}
+inline Ints add_dot(Pairs x, Pairs y, Ints z) { return {_mm512_dpwssd_epi32(z.v, x.v, y.v)}; }
+inline Lanes to_lanes(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
+inline void store_rounded(int16_t* p, Lanes x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v)));
 }
 inline float sum(Lanes a) {
   const __m256 low = _mm512_castps512_ps256(a.v), high = _mm512_extractf32x8_ps(a.v, 1);

@@ -83,6 +83,40 @@ inline Lanes add_exponent(const Lanes& y, const Lanes& z) {
     return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(y.v[i]), n));
   });
 }
+// Sixteen lanes of two 16-bit integers, and of one 32-bit integer.
+struct Pairs {
+  int16x8_t v[4];  // lanes 4 i .. 4 i + 3
+};
+struct Ints {
+  int32x4_t v[4];
+};
+inline Ints no_ints() { return {{vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}}; }
+inline Pairs load_pairs(const int8_t* p) {
+  const int8x16_t low = vld1q_s8(p), high = vld1q_s8(p + 16);
+  return {{vmovl_s8(vget_low_s8(low)), vmovl_s8(vget_high_s8(low)), vmovl_s8(vget_low_s8(high)),
+           vmovl_s8(vget_high_s8(high))}};
+}
+inline Pairs broadcast_pair(const int16_t* p) {
+  int32_t both;
+  memcpy(&both, p, 4);
+  const int16x8_t v = vreinterpretq_s16_s32(vdupq_n_s32(both));
+  return {{v, v, v, v}};
+}
+inline Ints add_dot(const Pairs& x, const Pairs& y, const Ints& z) {
+  Ints r;
+  for (int i = 0; i < 4; ++i) {
+    const int32x4_t low = vmull_s16(vget_low_s16(x.v[i]), vget_low_s16(y.v[i]));
+    const int32x4_t high = vmull_high_s16(x.v[i], y.v[i]);
+    r.v[i] = vaddq_s32(z.v[i], vpaddq_s32(low, high));
+  }
+  return r;
+}
+inline Lanes to_lanes(const Ints& x) {
+  return map_quads([&](int i) { return vcvtq_f32_s32(x.v[i]); });
+}
+inline void store_rounded(int16_t* p, const Lanes& a) {
+  for (int i = 0; i < 4; ++i) vst1_s16(p + 4 * i, vmovn_s32(vcvtnq_s32_f32(a.v[i])));
+}
 inline float sum(const Lanes& a) {
   const float32x4_t four = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
   const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));

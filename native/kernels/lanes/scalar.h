@@ -101,6 +101,37 @@ inline Lanes add_exponent(const Lanes& y, const Lanes& z) {
     return f;
   });
 }
+// Sixteen lanes of two 16-bit integers, and of one 32-bit integer.
+struct Pairs {
+  int16_t v[16][2];
+};
+struct Ints {
+  int32_t v[16];
+};
+inline Ints no_ints() { return {}; }
+inline Pairs load_pairs(const int8_t* p) {  // 32 bytes
+  Pairs r;
+  for (int i = 0; i < 32; ++i) r.v[i / 2][i % 2] = p[i];
+  return r;
+}
+inline Pairs broadcast_pair(const int16_t* p) {
+  Pairs r;
+  for (int i = 0; i < 32; ++i) r.v[i / 2][i % 2] = p[i % 2];
+  return r;
+}
+// z + x[0] y[0] + x[1] y[1], which must fit
+inline Ints add_dot(const Pairs& x, const Pairs& y, const Ints& z) {
+  Ints r;
+  for (int i = 0; i < 16; ++i) r.v[i] = z.v[i] + x.v[i][0] * y.v[i][0] + x.v[i][1] * y.v[i][1];
+  return r;
+}
+inline Lanes to_lanes(const Ints& x) {
+  return map_lanes([&](int i) { return static_cast<float>(x.v[i]); });
+}
+// To the nearest 16-bit integer, ties to even, which must fit.
+inline void store_rounded(int16_t* p, const Lanes& a) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int16_t>(rintf(a.v[i]));
+}
 // Lanes added 8, 4, 2, 1: lane i takes lane i + 8, then i + 4, ...
 inline float sum(const Lanes& a) {
   Lanes r = a;

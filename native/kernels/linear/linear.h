@@ -42,7 +42,9 @@ struct LinearCall {
 
 struct LinearKernels {
   const char* isa;
-  // Bytes that prepare() writes for `tokens` rows of `padded_cols`; 64-byte aligned destination.
+  // Bytes that prepare() writes for `tokens` rows of `padded_cols`; 64-byte aligned destination. How rows lie is the
+  // kernels' own business, but for this: rows that follow a multiple of kActivationBlock begin at its bytes, and can be
+  // multiplied apart from those before them.
   size_t (*activation_bytes)(Activation kind, int tokens, int padded_cols);
   // Quantize or convert rows [first, last) of x [tokens, cols] (stride in floats); columns [cols, padded_cols) count as
   // zero. `first` is a multiple of kActivationBlock; `last` is one or equals `tokens`. `tokens` is the step's whole

@@ -1,6 +1,7 @@
 """The numpy twin of the attention kernels: K and V rounded to the KV type, then softmax over all keys in float64.
 
-It knows the rounding of stored K and V (docs/ARCHITECTURE.md, section 6) and nothing about blocks, chunks and splits.
+It knows the rounding of stored K and V, and of queries that meet int8 K (docs/ARCHITECTURE.md, section 6); nothing
+about blocks, chunks and splits, and so nothing about the rounding of probabilities that meet int8 V, per split.
 """
 
 from __future__ import annotations
@@ -36,6 +37,16 @@ def stored(x: Array, kv: KvType) -> F32:
     return np.where(np.isfinite(greatest), y, np.float32(np.nan)).astype(np.float32)
 
 
+def coded(queries: Array) -> F32:
+    """Scaled queries [..., head_dim] as int8 K meets them: codes of 16 bits, one scale max|q| / 16383 per row."""
+    q = np.asarray(queries, np.float32)
+    greatest = np.abs(q).max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        factor = np.float32(16383) / greatest
+        codes = np.where(np.isfinite(factor), np.rint(q * factor), np.float32(0))
+        return (codes * (greatest / np.float32(16383))).astype(np.float32)
+
+
 def attend(
     queries: Array,
     k: Array,
@@ -62,9 +73,11 @@ def attend(
         seen &= key > position - window
     k, v = stored(k, kv).astype(np.float64), stored(v, kv).astype(np.float64)
     out = np.empty(queries.shape, np.float32)
+    scaled = np.asarray(queries, np.float32) * np.float32(scale)
+    asked = (coded(scaled) if kv == "int8" else scaled).astype(np.float64)
     for head in range(heads):
         group = head // (heads // kv_heads)
-        scores = queries[:, head].astype(np.float64) @ k[:, group].T * scale
+        scores = asked[:, head] @ k[:, group].T
         if softcap > 0:
             scores = softcap * np.tanh(scores / softcap)
         scores = np.where(seen, scores, -np.inf)
