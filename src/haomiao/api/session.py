@@ -48,8 +48,14 @@ class Session:
         """What the model has read so far."""
         return self._ids_with("")
 
-    def feed(self, text: str) -> int:
-        """Add text and compute it now. Returns the tokens of the whole session. If it is refused, nothing was added."""
+    def feed(self, text: str, *, compute: bool = True) -> int:
+        """Add text and compute it now. Returns the tokens of the whole session. If it is refused, nothing was added.
+
+        Without `compute` it is left to the next request: of the last words before an answer the first token then comes
+        out of the very step that reads them."""
+        if not compute:
+            self._add(text)
+            return len(self.token_ids)
         before = [_Part(part.text, part.ids) for part in self._parts]
         self._add(text)
         try:

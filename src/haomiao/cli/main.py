@@ -19,6 +19,7 @@ from haomiao.errors import HaomiaoError, InputError
 COMMANDS = {
     "generate": "continue a prompt",
     "chat": "talk with a model",
+    "choose": "the likeliest of several continuations, from one reading of the prompt",
     "serve": "serve a model over HTTP: OpenAI's API, budgets in milliseconds, receipts",
     "tokenize": "text on standard input -> token ids",
     "detokenize": "token ids on standard input -> text",

@@ -17,11 +17,14 @@ from haomiao.engine.cost import Cost, StepShape
 from haomiao.engine.engine import Engine
 from haomiao.engine.request import EngineRequest
 from haomiao.engine.state import BlockPool, blocks_for
-from haomiao.types import I32, Executor, KvType, SamplingParams, StepBatch, StepResult
+from haomiao.types import I32, KV_BLOCK_TOKENS, Executor, KvType, SamplingParams, StepBatch, StepResult
 
 PROMPTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 STREAMS = (1, 2, 3, 4, 6, 8, 12, 16)
 DECODED = 6
+EXTENDED = (2, 8, 20, 40)
+"""Tokens that are added to a prompt which is held already."""
+PAST = 384
 SECONDS = 1.8
 """Spent on each point, unless one round of the cheap half takes longer."""
 
@@ -71,12 +74,14 @@ def _measure(
             if size > 128 and round_number % (size // 128):
                 continue  # long prompts cost much and vary little
             _run_together(engine, [random.integers(0, guest.vocab_size, size=n).tolist() for n in prompts])
+        if round_number % 2 == 0:
+            _run_extended(engine, guest, random.integers(0, guest.vocab_size, size=PAST + sum(EXTENDED)).tolist())
     return recorder.steps
 
 
 def _settings(guest: _Guest, max_context: int) -> Iterator[list[int]]:
     """Lengths of the prompts that run beside each other, cheap ones first."""
-    longest = min(guest.max_step_tokens, max_context - DECODED, (guest.kv_blocks - 1) * 32 - DECODED)
+    longest = min(guest.max_step_tokens, max_context - DECODED, (guest.kv_blocks - 1) * KV_BLOCK_TOKENS - DECODED)
     settings = [[length] for length in PROMPTS if length <= longest]
     settings += [[length] * streams for streams in STREAMS for length in (2, 20)]
     for prompts in sorted(settings, key=sum):
@@ -89,6 +94,18 @@ def _run_together(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
     for prompt in prompts:
         engine.submit(EngineRequest(list(prompt), sampling=sampling))
     engine.run_until()
+
+
+def _run_extended(engine: Engine, guest: _Guest, tokens: Sequence[int]) -> None:
+    """A few tokens after a long past: what a cached prefix or a session leaves to do."""
+    past = min(PAST, engine.limits.max_context // 2, (guest.kv_blocks - 3) * KV_BLOCK_TOKENS)
+    if past < KV_BLOCK_TOKENS:
+        return
+    session = engine.open_session()
+    for more in (0, *EXTENDED):
+        past += more
+        engine.run_until(engine.submit(EngineRequest(list(tokens[:past]), work="prefill", session=session)))
+    engine.close_session(session)
 
 
 def _part_of(progress: Progress | None, number: int, count: int) -> Callable[[float], None]:

@@ -4,7 +4,8 @@
 
 per operating point; f and g are piecewise linear and never fall. The coefficients come from a calibration
 (engine/calibrate.py), or from the first steps where there was none, by non-negative least squares; `slowness` follows
-the latest steps, because neighbours come and go: up within three steps, down within about a dozen.
+the latest steps, because neighbours come and go: up within three steps, down within about a dozen. What the fit has
+wrong for steps of one kind (tokens, rows and context of one order of magnitude) is learned apart, and slowly.
 
 A bound is the expectation times a quantile of actual / expected, kept apart for runs of 1, 4, 16 and 64 steps: noise
 averages out over a long answer, drift does not, and both are measured this way. Knows no clock: durations are told.
@@ -31,6 +32,10 @@ PRIOR_MARGINS = (1.5, 1.35, 1.25, 1.2)
 """Bound / expectation before enough runs of that length were seen."""
 MAX_MARGIN = 4.0
 """No bound is further from its expectation, or one bad minute would keep everybody out for long."""
+IDLE_MARGIN = 1.1
+"""Bound / expectation of a machine without neighbours: most of what steps vary by is their doing."""
+LEARNED = 0.1
+"""Share of a surprise that is taken into account for steps of the same kind."""
 HALF_LIFE_NS = 200_000_000
 ENOUGH = 20
 TOLERANCE = 0.1
@@ -144,6 +149,7 @@ class CostModel:
         self._fits: dict[str, Fit] = {}
         self._young: dict[str, list[tuple[StepShape, float]]] = {}  # steps of points that have no fit, or a fresh one
         self._slowness = _Slowness()
+        self._offsets: dict[tuple[str, int, int, int], float] = {}
         self._runs = [_Runs(length, coverage) for length in HORIZONS]
 
     # ---- learn ----------------------------------------------------------------------------------------------------
@@ -155,6 +161,7 @@ class CostModel:
             self._fit(point, [(shape, duration) for shape, duration in steps if shape.point == point])
             self._young.pop(point, None)
         self._slowness = _Slowness()
+        self._offsets.clear()
         for shape, duration in steps:
             self._runs[0].prime(duration / self._fits[shape.point](shape))
 
@@ -171,10 +178,14 @@ class CostModel:
                 del self._young[shape.point]
         if fit is None:
             return
-        expected = max(1.0, fit(shape))
+        kind = _kind(shape)
+        offset = self._offsets.get(kind, 1.0)
+        expected = max(1.0, fit(shape) * offset)
         for runs in self._runs:
             runs.add(nanoseconds, expected, self._slowness.value)
         self._slowness.add(nanoseconds / expected)
+        surprise = math.log(max(nanoseconds, 1.0) / (expected * self._slowness.latest))
+        self._offsets[kind] = min(4.0, max(0.25, offset * math.exp(LEARNED * min(0.3, max(-0.3, surprise)))))
 
     def _fit(self, point: str, steps: Sequence[tuple[StepShape, float]]) -> None:
         """Relative errors count, since a step of one token matters as much as one of 512: of each shape the median
@@ -204,7 +215,7 @@ class CostModel:
     def predict(self, shape: StepShape) -> float | None:
         """Expected nanoseconds of a step as the machine is now, or None before enough steps were seen."""
         fit = self._fits.get(shape.point)
-        return None if fit is None else fit(shape) * self._slowness.value
+        return None if fit is None else fit(shape) * self._offsets.get(_kind(shape), 1.0) * self._slowness.value
 
     def bound(self, shape: StepShape) -> float | None:
         """Nanoseconds that `coverage` of such steps stay within, or None before enough steps were seen."""
@@ -281,10 +292,10 @@ class _Idle:
 
     def bound(self, shape: StepShape) -> float | None:
         expected = self.predict(shape)
-        return None if expected is None else expected * self._model.margin(1)
+        return None if expected is None else expected * self.margin(1)
 
     def margin(self, steps: int) -> float:
-        return self._model.margin(steps)
+        return min(self._model.margin(steps), IDLE_MARGIN)
 
     def idle(self) -> Cost:
         return self
@@ -302,6 +313,11 @@ class _Slowness:
         self._quick.append(ratio)
         self._calm.append(ratio)
         self.value = max(median(self._quick), median(self._calm)) if len(self._quick) > 2 else self.value
+
+    @property
+    def latest(self) -> float:
+        """The quick median alone."""
+        return median(self._quick)
 
     def fade(self, share: float) -> None:
         """Keep `share` of the slowness, on a logarithmic scale; a machine that was quicker stays so."""
@@ -342,6 +358,13 @@ class _Runs:
         if value is None or len(self.errors) < ENOUGH:
             return min(max(self._prior, value or 0.0), MAX_MARGIN)
         return min(value, MAX_MARGIN)
+
+
+def _kind(shape: StepShape) -> tuple[str, int, int, int]:
+    """Steps that are alike: the same point, tokens, rows and context a token of one order of magnitude."""
+    tokens = shape.decode_tokens + shape.prefill_tokens
+    context = shape.context_tokens // max(1, tokens)
+    return shape.point, tokens.bit_length(), shape.logit_rows.bit_length(), context.bit_length() // 2
 
 
 def nonnegative_least_squares(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -292,6 +292,8 @@ class Generation(Sequence):
 
     @property
     def argmax_suffices(self) -> bool:
+        if self._left is not None and self._left <= 1 + len(self.draft):
+            return False  # the last token is chosen among those that end a sentence
         return self.rows_from is None and self._constraint is None and self._sampler.argmax_suffices(self.produced)
 
     def branches(self) -> list[Sequence]:
