@@ -155,7 +155,10 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
-        """The engine. Whoever steps it must be the only one: nothing else of this class may be called meanwhile."""
+        """The engine. Whoever steps it must be the only one: nothing else of this class may be called meanwhile. From
+        now on its owner calls `Engine.idle` too, while nothing is asked."""
+        self.monitor.on_waiting = lambda: None
+        self._idle.close()
         return self._engine
 
     @property
