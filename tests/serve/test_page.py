@@ -172,7 +172,7 @@ def test_chinese_dark_still_and_on_a_phone(live: Running, tab: chromium.Tab) -> 
     tab.open(live.url + "/")
     tab.wait(READY)
     tab.js("document.getElementById('lang-zh').click()")
-    assert text_of(tab, "answer-title") == "答复"
+    assert text_of(tab, "answer-title") == "回答"
     assert tab.js("document.documentElement.lang") == "zh-CN"
     assert tab.js("document.documentElement.scrollWidth <= 360")  # nothing sticks out
     tab.js("document.getElementById('prompt').focus()")
@@ -184,7 +184,7 @@ def test_chinese_dark_still_and_on_a_phone(live: Running, tab: chromium.Tab) -> 
     assert tab.js("document.documentElement.scrollWidth <= 360")
     tab.open(live.url + "/?again")
     tab.wait(READY)
-    assert text_of(tab, "answer-title") == "答复"  # the choice is kept
+    assert text_of(tab, "answer-title") == "回答"  # the choice is kept
     tab.js("document.getElementById('lang-en').click()")
     assert tab.problems == []
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import haomiao
 from haomiao.errors import InputError, ModelError, ModelNotFoundError, UnsupportedModelError
 from haomiao.text.tokenizer import Tokenizer
 
@@ -24,6 +25,7 @@ def load(path: Path) -> Tokenizer:
 
 
 CONFORMANCE = ["gpt-2", "llama-bpe", "llama-spm", "qwen2"]
+EMBEDDED = Path(haomiao.__file__).parent / "assets" / "haomiao-4m"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
@@ -38,6 +40,17 @@ def test_gguf_gives_the_ids_of_llama_cpp(shared: Path, name: str) -> None:
         ids = tokenizer.encode(text)
         assert ids == [int(word) for word in line.split()], repr(text)
         assert tokenizer.decode(ids) == text
+
+
+@given(text=TEXT, special=st.booleans())
+def test_encoding_beside_other_threads_gives_the_same_ids(text: str, special: bool) -> None:
+    tokenizer = load(EMBEDDED)
+    alone = tokenizer.encode(text, special)
+    tokenizer.concurrent = True
+    try:
+        assert tokenizer.encode(text, special) == alone
+    finally:
+        tokenizer.concurrent = False
 
 
 def test_gguf_special_tokens(shared: Path) -> None:

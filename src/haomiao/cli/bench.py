@@ -2,8 +2,8 @@
 keeps its deadlines under load.
 
 Of a model: prompts are random token ids, so no tokenizer is needed; end-of-sequence is ignored. The ceilings are
-measured first, with the same threads: sequential reads from memory, and int8 multiply-adds. Nothing is drafted unless --speculate says
-so: random prompts lead models into loops, whose speed is nobody's.
+measured first, with the same threads: sequential reads from memory, and int8 multiply-adds. Nothing is drafted unless
+--speculate says so: random prompts lead models into loops, whose speed is nobody's.
 """
 
 from __future__ import annotations

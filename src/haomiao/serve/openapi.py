@@ -75,7 +75,7 @@ def document() -> dict[str, Any]:
     for path, (kind, summary, statuses) in _BODIES.items():
         content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
         if path in _STREAMS:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {}  # a sequence of events has no schema in OpenAPI 3.1
         operation: dict[str, Any] = {
             "summary": summary,
             "operationId": path.strip("/").replace("/", "_"),

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from haomiao.api.requests import shared_beginning
 from haomiao.errors import ContextLengthError, HaomiaoError, InputError, ModelNotFoundError, NotReadyError
 from haomiao.serve.messages import Hello
 from haomiao.serve.schemas import ChatMessage, Tool
@@ -45,6 +44,7 @@ class Prompts:
         if self.hello is not None and self.hello.files == hello.files:
             self.hello = hello
             return
+        self._pool.submit(lambda: None)  # starts the other thread now, while this one is busy
         from haomiao.text.template import ChatTemplate, encode_chat
         from haomiao.text.tokenizer import Tokenizer
 
@@ -53,11 +53,13 @@ class Prompts:
         except ModelNotFoundError:
             tokenizer = None
         if tokenizer is not None:
+            tokenizer.concurrent = True
             template = ChatTemplate.of(tokenizer)
             if self._settings.chat_template is not None:
                 template = _with_source(tokenizer, self._settings.chat_template)
             template.check()
             with contextlib.suppress(HaomiaoError):  # a template may want more than this to warm up with
+                tokenizer.encode_part("warm up " * 4096, True)  # long enough for the library's own tokenizer
                 encode_chat(tokenizer, template, [{"role": "user", "content": "x"}])
             self._longest = max(1, *(len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size)))
             self._template = template
@@ -150,6 +152,8 @@ class Prompts:
         self, whole: Callable[[str], list[int]], choices: Sequence[str]
     ) -> tuple[list[int], list[list[int]]]:
         """Prompt and options of a choice; `whole` gives the ids of the prompt with a text behind it, on a thread."""
+        from haomiao.api.requests import shared_beginning
+
         prompt, tails = await self.run(lambda: shared_beginning(whole(""), [whole(choice) for choice in choices]))
         return prompt, [list(tail) for tail in tails]
 

@@ -82,6 +82,8 @@ class Feeder:
     async def _feed(self) -> None:
         socket = self._socket
         ids = await self.reader.beginning(socket.fields, socket.conversation, socket.form)
+        if socket.response is not None:  # its own prefill computes this, in the same step as the first token
+            return
         self.open()
         position = common(self._fed, ids)
         if position < len(ids):  # what was fed beyond is still good for an answer, if nothing else is said

@@ -149,8 +149,6 @@ class Supervisor:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        if self._connection is not None:
-            self._connection.close()
         await self._end_process()
         if self._server is not None:
             self._server.close()
@@ -223,8 +221,9 @@ class Supervisor:
 
     async def _end_process(self) -> None:
         process, self._process = self._process, None
-        if self._connection is not None:
-            self._connection.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()  # its end is told later, and is that of no engine that is started meanwhile
         if process is None:
             return
         if process.poll() is None:

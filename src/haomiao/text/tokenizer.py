@@ -48,6 +48,9 @@ class Tokenizer:
         self.prefix_ids = parts.prefix
         """What `encode(special=True)` puts first."""
         self.suffix_ids = parts.suffix
+        self.concurrent = False
+        """True: other threads run while a text is encoded. The library then uses its thread pool, which processes that
+        fork should not have: set TOKENIZERS_PARALLELISM=false before, and it does not."""
         self._lock = threading.Lock()  # `encode_special_tokens` is a switch of the shared backend
         self._bytes: dict[int, bytes] = dict(parts.token_bytes)
         self._ids: dict[str, int] | None = None
@@ -145,7 +148,10 @@ class Tokenizer:
         backend = self.backend
         with self._lock, guarded("the tokenizer cannot encode this text", InputError):
             backend.encode_special_tokens = not special
-            ids = list(backend.encode(text, add_special_tokens=False).ids)
+            if self.concurrent:  # the library keeps the interpreter's lock in `encode`, and drops it for batches
+                ids = list(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+            else:
+                ids = list(backend.encode(text, add_special_tokens=False).ids)
         return self._checked(ids)
 
     def _checked(self, ids: list[int]) -> list[int]:

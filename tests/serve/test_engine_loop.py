@@ -1,0 +1,114 @@
+"""The engine's side of the connection, in this process: messages in, messages out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from haomiao.serve.engine_loop import EngineLoop
+from haomiao.serve.messages import Cancel, Constraint, Done, Hello, Open, Refused, Submit, Token
+from haomiao.types import SamplingParams
+
+
+class Loop:
+    """A loop on a thread, and what it said."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+        self._news = threading.Condition()
+        self.loop = EngineLoop(Open(options={"threads": 1}), self._send)
+        self._thread = threading.Thread(target=self.loop.run)
+        self._thread.start()
+
+    def _send(self, *messages: Any) -> None:
+        with self._news:
+            self.said += messages
+            self._news.notify_all()
+
+    def ask(self, request: Submit) -> list[Any]:
+        """Everything that is said about a request until it has ended."""
+        self.loop.take(request)
+        return self.end_of(request.id)
+
+    def end_of(self, request_id: int) -> list[Any]:
+        def found() -> list[Any]:
+            return [message for message in self.said if getattr(message, "id", None) == request_id]
+
+        with self._news:
+            ended = self._news.wait_for(lambda: any(isinstance(each, (Done, Refused)) for each in found()), 30)
+            assert ended
+            return found()
+
+    def close(self) -> None:
+        self.loop._closed = True
+        self.loop._wake.set()
+        self._thread.join(10)
+        self.loop.close()
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.close()
+
+
+def submit(request_id: int, **fields: Any) -> Submit:
+    return Submit(id=request_id, token_ids=fields.pop("token_ids", [5, 6, 7]), arrival_ns=1, **fields)
+
+
+def test_it_says_what_it_loaded(loop: Loop) -> None:
+    (hello,) = [message for message in loop.said if isinstance(message, Hello)]
+    assert hello.points == ["int8", "int4"] and hello.max_request_tokens <= hello.max_context
+    assert hello.step_seconds > 0
+
+
+def test_an_answer(loop: Loop) -> None:
+    *tokens, done = loop.ask(submit(1, sampling=SamplingParams(max_tokens=5, ignore_eos=True)))
+    assert isinstance(done, Done) and done.finish_detail == "max_tokens"
+    assert sum(len(token.token_ids) for token in tokens if isinstance(token, Token)) == 5
+    assert done.receipt.completion_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"token_ids": []}, "invalid_value"),
+        ({"token_ids": [1 << 30]}, "invalid_value"),
+        ({"constraint": Constraint(kind="regex", text='"("')}, "invalid_constraint"),
+        ({"constraint": Constraint(kind="magic", text='"x"')}, "invalid_constraint"),
+        ({"point": "full"}, "invalid_value"),
+        ({"sampling": SamplingParams(max_tokens=1 << 20)}, "context_length_exceeded"),
+    ],
+)
+def test_refusals_name_their_code(loop: Loop, fields: dict[str, Any], code: str) -> None:
+    number = 100 + hash(str(fields)) % 100_000
+    (refused,) = loop.ask(submit(number, **fields))
+    assert isinstance(refused, Refused) and refused.code == code
+    assert refused.exception().code == code
+
+
+def test_33_no_memory_for_a_step(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request that the machine has no memory for is shed with 503; the next one is served."""
+
+    def fail(batch: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.loop.engine.executor, "step", fail)
+        (refused,) = loop.ask(submit(2, sampling=SamplingParams(max_tokens=2)))
+    assert refused.exception().status == 503 and refused.code == "kv_exhausted"
+    assert isinstance(loop.ask(submit(3, sampling=SamplingParams(max_tokens=2)))[-1], Done)
+    loop.loop.engine.check_integrity()
+
+
+def test_cancelled_requests_hold_nothing(loop: Loop) -> None:
+    loop.loop.take(submit(4, sampling=SamplingParams(max_tokens=1500, ignore_eos=True)))
+    loop.loop.take(Cancel(id=4))
+    last = loop.end_of(4)[-1]
+    assert isinstance(last, Refused) and last.code == "cancelled"
+    assert loop.loop.stats().running == 0
+    assert loop.loop._jobs == {} and loop.loop._ids == {}
