@@ -3,20 +3,26 @@
     python benchmarks/make_model.py qwen2.5-0.5b --out qwen              # Hugging Face directory, bf16
     python benchmarks/make_model.py qwen2.5-0.5b --out qwen --gguf Q4_0  # and model-Q4_0.gguf beside it
     python benchmarks/make_model.py --layers 2 llama-3.2-1b --out small  # fewer layers
+    python benchmarks/make_model.py qwen2.5-0.5b --out qwen --tokenizer DIR  # with a real model's tokenizer
 
 Weights are normal with standard deviation 0.02, norms are 1, from a fixed seed: the same command writes the same bytes.
 Tensors are made and written one after the other, so that memory holds one tensor at a time. GGUF quantizing uses the
 `gguf` package; token embeddings and head take the same type, as llama.cpp's --pure does.
+
+`--tokenizer` takes a directory with a byte-level BPE tokenizer.json of at most the shape's vocabulary: its files are
+copied beside the checkpoint, its vocabulary and merges go into the GGUF. What it costs to load one is part of a cold
+start, so a placeholder would flatter.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import struct
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +30,9 @@ import numpy as np
 from haomiao.measure.shapes import SHAPES, ModelShape
 
 STANDARD_DEVIATION = 0.02
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+PRE_TOKENIZERS = {"qwen2": "qwen2", "llama": "llama-bpe"}
+"""Model type -> how GGUF names the pre-tokenizer of its real vocabulary."""
 GGUF_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -135,16 +144,45 @@ def permuted(name: str, x: np.ndarray, shape: ModelShape) -> np.ndarray:
     return x.reshape(heads, 2, shape.head_dim // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def vocabulary(size: int) -> list[str]:
-    """Placeholder tokens that a byte-level tokenizer can be built from: one merge, the bytes as GPT-2 spells them."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a GGUF file says about tokens: texts, types (1 normal, 3 control, 5 unused), merges, BOS and EOS."""
+
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    end: int
+    pre: str
+
+
+def placeholder(size: int) -> Vocabulary:
+    """Tokens that a byte-level tokenizer can be built from: one merge, the bytes as GPT-2 spells them."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = (chr(256 + index) for index in range(256 - len(printable)))
     tokens = ["ab", *(chr(code) for code in printable), *others][:size]
-    return tokens + [f"<{token}>" for token in range(len(tokens), size)]
+    tokens += [f"<{token}>" for token in range(len(tokens), size)]
+    return Vocabulary(tokens, [1] * size, ["a b"], 0, "default")
 
 
-def write_gguf(shape: ModelShape, path: Path, kind: str, seed: int) -> None:
-    """The same weights as GGUF, in one quantized type; a placeholder vocabulary, since prompts are token ids."""
+def real_vocabulary(directory: Path, shape: ModelShape) -> Vocabulary:
+    """The vocabulary of a tokenizer.json; rows of the model beyond it are unused tokens, as in real GGUF files."""
+    file = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    ids: dict[str, int] = dict(file["model"]["vocab"])
+    added = {token["content"]: token["id"] for token in file["added_tokens"]}
+    ids |= added
+    if max(ids.values()) >= shape.vocab:
+        raise SystemExit(f"{directory}: {max(ids.values()) + 1} tokens are more than the shape's {shape.vocab}")
+    tokens = [f"[PAD{index}]" for index in range(shape.vocab)]
+    types = [5] * shape.vocab
+    for token, index in ids.items():
+        tokens[index], types[index] = token, 3 if token in added else 1
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in file["model"]["merges"]]
+    end = next((index for token, index in added.items() if token == "<|endoftext|>"), 0)
+    return Vocabulary(tokens, types, merges, end, PRE_TOKENIZERS[shape.model_type])
+
+
+def write_gguf(shape: ModelShape, path: Path, kind: str, seed: int, words: Vocabulary) -> None:
+    """The same weights as GGUF, in one quantized type."""
     import gguf
 
     quantized = gguf.GGMLQuantizationType[kind]
@@ -160,12 +198,13 @@ def write_gguf(shape: ModelShape, path: Path, kind: str, seed: int) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_file_type(gguf.LlamaFileType[{"Q4_0": "MOSTLY_Q4_0", "Q8_0": "MOSTLY_Q8_0"}[kind]])
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(vocabulary(shape.vocab))
-    writer.add_token_types([1] * shape.vocab)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    writer.add_tokenizer_pre(words.pre)
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.types)
+    writer.add_token_merges(words.merges)
+    writer.add_bos_token_id(words.end)
+    writer.add_eos_token_id(words.end)
+    writer.add_add_bos_token(False)
     for index, (name, size) in enumerate(tensors(shape)):
         x = permuted(name, values(name, size, index, seed), shape)
         if len(size) == 2:
@@ -194,6 +233,7 @@ def main() -> None:
         "--gguf", action="append", choices=("Q4_0", "Q8_0"), default=[], help="also as GGUF; repeatable"
     )
     parser.add_argument("--no-safetensors", action="store_true", help="GGUF only")
+    parser.add_argument("--tokenizer", type=Path, help="directory with a real tokenizer.json")
     parser.add_argument("--layers", type=int, help="fewer layers than the real model")
     parser.add_argument("--vocab", type=int, help="a smaller vocabulary")
     parser.add_argument("--seed", type=int, default=0)
@@ -202,9 +242,14 @@ def main() -> None:
     shape = replace(shape, layers=args.layers or shape.layers, vocab=args.vocab or shape.vocab)
     if not args.no_safetensors:
         write_safetensors(shape, args.out, args.seed)
-    for kind in args.gguf:
+        for name in TOKENIZER_FILES if args.tokenizer is not None else ():
+            if (args.tokenizer / name).is_file():
+                shutil.copyfile(args.tokenizer / name, args.out / name)
+    if args.gguf:
         args.out.mkdir(parents=True, exist_ok=True)
-        write_gguf(shape, args.out / f"model-{kind}.gguf", kind, args.seed)
+        words = real_vocabulary(args.tokenizer, shape) if args.tokenizer is not None else placeholder(shape.vocab)
+        for kind in args.gguf:
+            write_gguf(shape, args.out / f"model-{kind}.gguf", kind, args.seed, words)
     print(json.dumps({"shape": args.shape, "parameters": shape.parameters, "out": str(args.out)}))
 
 

@@ -1,19 +1,21 @@
-"""Haomiao beside llama.cpp: the same GGUF file, prompt length, answer length and threads, run in turns.
+"""Haomiao beside llama.cpp, OpenVINO and any llama-bench: same weights, same threads, in turns, each beside its limit.
 
-    python benchmarks/make_model.py qwen2.5-0.5b --out qwen --no-safetensors --gguf Q4_0 --gguf Q8_0
-    python benchmarks/peers.py qwen/model-Q4_0.gguf --peer-python PYTHON --name qwen2.5-0.5b-q4_0
+    python benchmarks/peers.py --install                                        # once: the peers' environments
+    python benchmarks/peers.py --peer ik_llama.cpp=PATH/llama-bench             # every line, about an hour
+    python benchmarks/peers.py --lines decode-0.5b-int4,itl-0.5b --seconds 170  # a few, for that long at most
+    python benchmarks/peers.py --report --plot docs/speed.svg                   # the table, and the README's plot
 
-PYTHON is an interpreter that has llama-cpp-python (its own environment is best); by default this one. Each engine is a
-process of its own that loads the model once; runs alternate, so that a machine that slows down slows both. The peer is
-measured below its Python layer (llama_decode on ready batches, no sampling); ours through `LLM.stream`, sampling and
-Python included. Q4_0 runs at our `int4`, Q8_0 at `int8`. Prints the ceilings first, then medians and extremes, and
-one JSON line last, which is also written to benchmarks/results/<name>.json.
+Everything made lies in .peers (ignored by git): the environments, and random checkpoints of real shapes as GGUF
+(make_model.py), which every engine reads; ours converts them once into its cache, code for code. A peer is a process of
+its own. A round measures the ceilings and then takes one sample from every engine, in an order that turns; the first
+sample of an engine warms it up and is dropped. Samples gather in benchmarks/results/<name>.json until there are
+--rounds of each, so that a long measurement can be made in short pieces: what is there is not measured again unless our
+commit or the line has changed. Random weights serve for speed only. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -21,190 +23,188 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from peerlib import engines, plot, results
+from peerlib.lines import LINES, Line
+
+HERE = Path(__file__).resolve().parent
 
 
-def worker_haomiao(settings: dict[str, Any]) -> None:
-    """Serve runs of our engine over standard input and output."""
-    from haomiao.api import LLM
-    from haomiao.measure.latency import Workload, measure_latency
-
-    context = settings["prompt_tokens"] + settings["new_tokens"] + 1
-    llm = LLM(
-        settings["model"],
-        point=settings["point"],
-        threads=settings["threads"],
-        max_context=context,
-        prefix_cache=False,
-        speculate="off",
-    )
-
-    def run(seed: int) -> dict[str, float]:
-        workload = Workload(settings["prompt_tokens"], settings["new_tokens"], repeat=1, warmup=0, seed=seed)
-        result = measure_latency(llm, workload)
-        assert result.decode_tok_s is not None
-        return {"prefill_tok_s": result.prefill_tok_s.median, "decode_tok_s": result.decode_tok_s.median}
-
-    serve(run)
+def make_checkpoint(folder: Path, line: Line, tokenizer: Path | None) -> Path:
+    """The line's GGUF file, written if it is not there."""
+    path = folder / line.shape / f"model-{line.file}.gguf"
+    if not path.exists():
+        print(f"making {path}", flush=True)
+        command = [sys.executable, str(HERE / "make_model.py"), line.shape, "--out", str(path.parent)]
+        command += ["--no-safetensors", "--gguf", line.file]
+        if tokenizer is not None and line.shape.startswith("qwen"):
+            command += ["--tokenizer", str(tokenizer)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return path
 
 
-def worker_llama_cpp(settings: dict[str, Any]) -> None:
-    """Serve runs of llama.cpp over standard input and output, as its own llama-bench measures them."""
-    import random
+def start(name: str, line: Line, model: Path, args: argparse.Namespace) -> engines.Engine:
+    """An engine, ready to sample. Raises `Missing`."""
+    if name in args.programs:
+        return engines.Program(args.programs[name], line, model, args.threads)
+    if line.work == "coldstart":
+        from haomiao.models.open import open_model
 
-    import llama_cpp
-
-    prompt_tokens, new_tokens = settings["prompt_tokens"], settings["new_tokens"]
-    model = llama_cpp.Llama(
-        settings["model"],
-        n_ctx=prompt_tokens + new_tokens + 1,
-        n_batch=512,
-        n_ubatch=512,
-        n_threads=settings["threads"],
-        n_threads_batch=settings["threads"],
-        verbose=False,
-    )
-    context, vocab = model.ctx, model.n_vocab()
-    random.seed(0)
-
-    def decode(tokens: list[int]) -> None:
-        array = (llama_cpp.llama_token * len(tokens))(*tokens)
-        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens))) != 0:
-            raise RuntimeError("llama_decode failed")
-        llama_cpp.llama_synchronize(context)
-
-    def run(_: int) -> dict[str, float]:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        prompt = [random.randrange(vocab) for _ in range(prompt_tokens)]
-        start = time.perf_counter()
-        for first in range(0, prompt_tokens, 512):
-            decode(prompt[first : first + 512])
-        middle = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            decode([random.randrange(vocab)])
-        end = time.perf_counter()
-        return {"prefill_tok_s": prompt_tokens / (middle - start), "decode_tok_s": (new_tokens - 1) / (end - middle)}
-
-    serve(run)
+        artifact = open_model(str(model), point=line.point).artifact.directory
+        return engines.ColdStart(artifact, args.threads, line.point)
+    python = {"haomiao": sys.executable, "llama.cpp": args.llama_python, "openvino": args.openvino_python}[name]
+    if not Path(python).exists():
+        raise engines.Missing(f"{python} is not there (--install makes it)")
+    return engines.Worker(python, name, line, model, args.threads)
 
 
-def serve(run: Any) -> None:
-    """Answer each line (a seed) with one line of JSON."""
-    print("ready", flush=True)
-    for line in sys.stdin:
-        print(json.dumps(run(int(line))), flush=True)
+def names_for(line: Line, args: argparse.Namespace) -> list[str]:
+    """The engines that do a line, programs last."""
+    able = [name for name in line.engines if name != "programs"]
+    if "programs" in line.engines:
+        able += [name for name in args.programs if name not in able]
+    return [name for name in able if not args.engines or name in args.engines]
 
 
-class Worker:
-    """One engine in a process of its own."""
+def measure(line: Line, args: argparse.Namespace, found: results.Results, deadline: float) -> bool:
+    """Take samples of a line until every engine has its rounds, or the time is up. True if all have them."""
+    from haomiao.metrics.ceilings import measure_ceilings
 
-    def __init__(self, python: str, engine: str, settings: dict[str, Any]) -> None:
-        command = [python, __file__, "--worker", engine, json.dumps(settings)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._expect("ready")
+    record = found.line(line, args.threads, results.commit_of(HERE))
+    samples: dict[str, list[Any]] = record["samples"]
+    wanted = [n for n in names_for(line, args) if len(samples.get(n, [])) < args.rounds]
+    if not wanted:
+        return True
+    model = make_checkpoint(args.folder / "models", line, args.tokenizer)
+    running: dict[str, engines.Engine] = {}
+    longest = 0.0
+    try:
+        for name in wanted:
+            try:
+                running[name] = start(name, line, model, args)
+                if not isinstance(running[name], engines.Program):
+                    running[name].sample(0)
+                record["missing"].pop(name, None)
+            except engines.Missing as reason:
+                running.pop(name, None)
+                record["missing"][name] = str(reason)
+                print(f"{line.name}: {name}: {reason}", flush=True)
+        while running and time.monotonic() + longest < deadline:
+            begun = time.monotonic()
+            turn = len(record["ceilings"])
+            ceilings = measure_ceilings(args.threads)
+            record["ceilings"].append({"read_gb_s": ceilings.read_gb_s, "int8_gops": ceilings.int8_gops})
+            order = list(running)
+            for name in order[turn % len(order) :] + order[: turn % len(order)]:
+                samples.setdefault(name, []).append({"round": turn, **take(running[name], line, turn + 1)})
+                if len(samples[name]) >= args.rounds:
+                    running.pop(name).close()
+            found.write(line)
+            longest = max(longest, time.monotonic() - begun)
+    finally:
+        for engine in running.values():
+            engine.close()
+        found.write(line)
+    return all(len(samples.get(n, [])) >= args.rounds for n in names_for(line, args) if n not in record["missing"])
 
-    def _expect(self, start: str) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.startswith(start):
-            raise SystemExit(f"a worker ended early: {line!r} (its own words are above)")
-        return line
 
-    def run(self, seed: int) -> dict[str, float]:
-        """One run; figures of this run alone."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{seed}\n")
-        self._process.stdin.flush()
-        answer: dict[str, float] = json.loads(self._expect("{"))
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+def take(engine: engines.Engine, line: Line, seed: int) -> engines.Sample:
+    """One sample, beside a neighbour where the line wants one."""
+    if not line.neighbour:
+        return engine.sample(seed)
+    with engines.Neighbour():
+        return engine.sample(seed)
 
 
-def commit() -> str | None:
-    """The commit of this checkout, with a mark if it has changes."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=RESULTS.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or None
+def show(line: Line, record: dict[str, Any]) -> None:
+    """What was found, the ceilings first."""
+    found = record["summary"]
+    reads = sorted(c["read_gb_s"] for c in record["ceilings"])
+    peaks = sorted(c["int8_gops"] for c in record["ceilings"])
+    if reads:
+        print(f"{line.name}: read {reads[len(reads) // 2]:.1f} GB/s, int8 {peaks[len(peaks) // 2]:.0f} Gop/s")
+    for name, figures in found["engines"].items():
+        share = figures.get("share_of_limit")
+        beside = f"{share['median']:.0%} of the limit" if share else ""
+        rest = "  ".join(
+            f"{key} {value['median']:.3g} [{value['low']:.3g}, {value['high']:.3g}]"
+            for key, value in figures.items()
+            if key not in (line.metric, "share_of_limit")
+        )
+        print(f"  {name:<14}{results.shown(line, figures):<24}{results.TITLES[line.metric]:<6}{beside}  {rest}")
+    if "ratio" in found:
+        print(f"  ratio {found['ratio']:.2f} to {found['best_peer']} (wanted: {line.target})", flush=True)
+
+
+def program(text: str) -> tuple[str, Path]:
+    """NAME=PATH."""
+    name, equals, path = text.partition("=")
+    if not equals or not name or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"must be NAME=PATH of a program, not {text!r}")
+    return name, Path(path).resolve()
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--install", action="store_true", help="make the peers' environments and stop")
+    add("--folder", type=Path, default=HERE.parent / ".peers", help="environments and checkpoints")
+    add("--llama-python", help="interpreter with llama-cpp-python; default: the one that --install makes")
+    add("--openvino-python", help="interpreter with openvino-genai; default: the one that --install makes")
+    add("--peer", type=program, action="append", default=[], metavar="NAME=PATH", help="a llama-bench; repeatable")
+    add("--lines", default="", help=f"comma-separated; default all: {', '.join(LINES)}")
+    add("--engines", default="", help="comma-separated names; default all")
+    add("--rounds", type=int, default=5, help="samples of each engine")
+    add("--seconds", type=float, default=float("inf"), help="begin no round that would end after this")
+    add("--threads", type=int)
+    add("--tokenizer", type=Path, help="a real tokenizer for the Qwen checkpoint (make_model.py --tokenizer)")
+    add("--name", default="peers", help="of the file in benchmarks/results")
+    add("--report", action="store_true", help="measure nothing; print the table")
+    add("--plot", type=Path, metavar="FILE", help="draw the file of results as SVG")
+    args = parser.parse_args()
+    args.programs = dict(args.peer)
+    args.engines = [name for name in args.engines.split(",") if name]
+    args.lines = [name for name in args.lines.split(",") if name] or list(LINES)
+    unknown = [name for name in args.lines if name not in LINES]
+    if unknown:
+        parser.error(f"there is no line {', '.join(unknown)}; there are {', '.join(LINES)}")
+    args.folder = args.folder.resolve()
+    args.llama_python = args.llama_python or engines.environment_python(args.folder / "llama")
+    args.openvino_python = args.openvino_python or engines.environment_python(args.folder / "openvino")
+    return args
 
 
 def main() -> None:
-    """Measure both in turns, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="GGUF file that both read")
-    parser.add_argument("--name", help="of the result file; default: the model's name")
-    parser.add_argument("--peer-python", default=sys.executable, help="interpreter with llama-cpp-python")
-    parser.add_argument("--point", help="ours; default: int8 for a file with Q8_0 in its name, else int4")
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--repeat", type=int, default=5)
-    args = parser.parse_args()
+    """Install, measure or report."""
+    args = parse()
+    if args.install:
+        engines.install(args.folder)
+        return
+    found = results.Results(HERE / "results" / f"{args.name}.json")
+    if not args.report:
+        from haomiao.measure.machine import default_threads, describe_machine
+        from haomiao.metrics.ceilings import measure_ceilings
 
-    from haomiao.measure.machine import default_threads, describe_machine
-    from haomiao.metrics.ceilings import measure_ceilings
-    from haomiao.metrics.statistics import summarize
-
-    threads = args.threads or default_threads()
-    ceilings = measure_ceilings(threads)
-    print(f"ceilings: read {ceilings.read_gb_s:.1f} GB/s, int8 {ceilings.int8_gops:.0f} Gop/s, {threads} threads")
-    settings = {
-        "model": args.model,
-        "point": args.point or ("int8" if "q8_0" in Path(args.model).name.lower() else "int4"),
-        "prompt_tokens": args.prompt_tokens,
-        "new_tokens": args.new_tokens,
-        "threads": threads,
-    }
-    workers = {
-        "haomiao": Worker(sys.executable, "haomiao", settings),
-        "llama.cpp": Worker(args.peer_python, "llama.cpp", settings),
-    }
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
-    for seed in range(args.repeat + 1):
-        for name, worker in workers.items():
-            figures = worker.run(seed)
-            if seed:  # the first run of each warms up
-                runs[name].append(figures)
-    for worker in workers.values():
-        worker.close()
-    engines = {
-        name: {key: summarize([run[key] for run in figures]).as_dict() for key in figures[0]}
-        for name, figures in runs.items()
-    }
-    for name, figures in engines.items():
-        shown = [f"{key} {s['median']:.1f} [{s['low']:.1f}, {s['high']:.1f}]" for key, s in figures.items()]
-        print(f"{name:<10} {'   '.join(shown)}")
-    result = {
-        "benchmark": "peers",
-        "model": Path(args.model).name,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": describe_machine().as_dict(),
-        "ceilings": ceilings.as_dict(),
-        "settings": {**settings, "model": Path(args.model).name, "repeat": args.repeat},
-        "engines": engines,
-        "ratio": {
-            key: engines["haomiao"][key]["median"] / engines["llama.cpp"][key]["median"]
-            for key in ("prefill_tok_s", "decode_tok_s")
-        },
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{args.name or Path(args.model).stem}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+        args.threads = args.threads or default_threads()
+        ceilings = measure_ceilings(args.threads)
+        print(
+            f"ceilings: read {ceilings.read_gb_s:.1f} GB/s, int8 {ceilings.int8_gops:.0f} Gop/s, {args.threads} threads"
+        )
+        found.data["machine"] = describe_machine().as_dict()
+        deadline = time.monotonic() + args.seconds
+        for name in args.lines:
+            done = measure(LINES[name], args, found, deadline)
+            show(LINES[name], found.data["lines"][name])
+            if not done:
+                print(f"{name}: not finished; the same command goes on where this one stopped", flush=True)
+    print(results.table(LINES, found.data))
+    if args.plot is not None:
+        date = max((record.get("date", "") for record in found.data["lines"].values()), default="")[:10]
+        machine = found.data.get("machine", {})
+        title = f"{machine.get('processor')}, {machine.get('allowed')} cores, {date}: longer is faster"
+        args.plot.write_text(plot.draw(LINES, found.data, title), encoding="utf-8")
+    print(json.dumps({name: record.get("summary") for name, record in found.data["lines"].items()}))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4 and sys.argv[1] == "--worker":
-        {"haomiao": worker_haomiao, "llama.cpp": worker_llama_cpp}[sys.argv[2]](json.loads(sys.argv[3]))
-    else:
-        main()
+    main()

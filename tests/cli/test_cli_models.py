@@ -64,6 +64,16 @@ def test_compress_show_and_verify(checkpoint: Path, capsys: pytest.CaptureFixtur
     assert "llama" in capsys.readouterr().out
 
 
+def test_compress_keeps_codes_where_it_is_asked_to(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """This checkpoint holds floats, which `exact` treats as `nested` does; the recipe says which was asked for."""
+    out = checkpoint.parent / "out"
+    assert main(["compress", str(checkpoint), "-o", str(out), "--scheme", "exact", "--json"]) == 0
+    about = last_object(capsys)
+    assert about["points"] == ["int8", "int4"]
+    assert about["recipe"]["scheme"] == "exact"  # type: ignore[index]
+    assert main(["compress", str(checkpoint), "-o", str(out), "--scheme", "exact", "--no-lo", "--force"]) == 2
+
+
 def test_compress_without_the_second_plane_and_over_an_old_one(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from haomiao.models.registry import plan_for
 from haomiao.types import F32
 from tests.golden.cases import CASES, Case
 from tests.golden.checkpoint import DictSource, random_checkpoint
+from tests.load.gguf_files import tiny
 
 BY_NAME = {case.name: case for case in CASES}
 QKV = [f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv"]
@@ -301,3 +302,46 @@ def test_memory_is_bounded_by_one_matrix(tmp_path: Path) -> None:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 7e6
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rwkv", None])
+def test_a_gguf_file_without_a_tokenizer_that_is_known_takes_token_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None
+) -> None:
+    from haomiao.api import LLM
+
+    monkeypatch.setenv("HAOMIAO_CACHE", str(tmp_path / "cache"))
+    file = tiny("llama")
+    file.metadata["tokenizer.ggml.tokens"] = [f"t{index}" for index in range(64)]
+    if kind is not None:
+        file.metadata["tokenizer.ggml.model"] = kind
+    (tmp_path / "tiny.gguf").write_bytes(file.bytes())
+    with LLM(tmp_path / "tiny.gguf", point="full", executor="reference") as llm:
+        assert llm.tokenizer is None
+        assert len(llm.generate([1, 2, 3], max_tokens=4, ignore_eos=True).token_ids) == 4
+        with pytest.raises(InputError, match="no tokenizer"):
+            llm.generate("text")
+        said = llm._opened.artifact.meta["provenance"].get("without_tokenizer")
+    assert said is None if kind is None else kind in said
+
+
+def test_a_byte_level_vocabulary_is_prepared_for_mapping(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    from haomiao.text.decoding import byte_alphabet
+    from haomiao.text.tokenizer import Tokenizer
+
+    backend = Backend(models.BPE({c: i for i, c in enumerate(byte_alphabet())}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    case, tensors = checkpoint("llama-odd-bias")
+    source = DictSource(case.config, tensors)
+    source.files = {"tokenizer.json": tmp_path / "tokenizer.json"}
+    artifact = converted(source, tmp_path)
+    assert (artifact.directory / "tokenizer.table").is_file()
+    tokenizer = Tokenizer(artifact.directory)
+    assert tokenizer.decode(tokenizer.encode("prêt 准备")) == "prêt 准备"

@@ -6,8 +6,8 @@ Threads may share an `LLM`: requests that are waited for at the same time share 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
 from haomiao.api.answers import AnswerStream, Choice, Completion, completions_of
@@ -79,18 +79,20 @@ class LLM:
             hugepages=hugepages,
             progress=progress,
         )
-        with ThreadPoolExecutor(1, thread_name_prefix="haomiao-tokenizer") as beside:
-            loading = beside.submit(_load_tokenizer, opened)
+        loading = _Beside(lambda: _load_tokenizer(opened.files_dir))
+        try:
             self.kv: KvType = kv or POINTS[opened.default_point].default_kv
             size = size_pool(opened.plan, self.kv, max_context=max_context, kv_memory=kv_memory)
-            if size.max_context < opened.plan.max_context:
-                opened = opened.with_context(size.max_context)
-            runner = _make_executor(executor, opened, self.kv, size.blocks, threads, isa)
-            try:
-                self.tokenizer: Tokenizer | None = loading.result()
-            except BaseException:
-                runner.close()
-                raise
+            planned = opened.with_context(size.max_context) if size.max_context < opened.plan.max_context else opened
+            runner = _make_executor(executor, planned, self.kv, size.blocks, threads, isa)
+        finally:
+            loading.join()
+        try:
+            self.tokenizer = loading.result()
+        except BaseException:
+            runner.close()
+            raise
+        opened = planned
         self.name = opened.name
         self.plan = opened.plan
         self.weights = opened.artifact.tensors
@@ -110,7 +112,7 @@ class LLM:
             if context < draft.plan.max_context:
                 draft = draft.with_context(context)
             size = size_pool(draft.plan, kv_type_of(draft), max_context=draft.plan.max_context, kv_memory=None)
-            tokenizer = _load_tokenizer(draft) if self.tokenizer is not None else None
+            tokenizer = _load_tokenizer(draft.files_dir) if self.tokenizer is not None else None
             return draft, _make_executor(executor, draft, kv_type_of(draft), size.blocks, threads, isa), tokenizer
 
         try:
@@ -299,6 +301,30 @@ class LLM:
         return Choice(best, options[best], scores, done.receipt)
 
 
+class _Beside(threading.Thread):
+    """The tokenizer, loaded beside the weights. (`concurrent.futures` would be as good, but takes 5 ms to import.)"""
+
+    def __init__(self, load: Callable[[], Tokenizer | None]) -> None:
+        super().__init__(name="haomiao-tokenizer", daemon=True)
+        self._load = load
+        self._found: Tokenizer | None = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._found = self._load()
+        except BaseException as error:  # raised where the result is asked for
+            self._error = error
+
+    def result(self) -> Tokenizer | None:
+        """What was loaded, once it is. Raises what loading raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+
 def _events(wait: Callable[[], list[Event]]) -> Iterator[Event]:
     """All events of a ticket."""
     while events := wait():
@@ -335,12 +361,12 @@ def _make_executor(
     return NativeExecutor(opened.plan, artifact.tensors, artifact.vectors, **common, threads=threads, isa=isa)
 
 
-def _load_tokenizer(opened: OpenedModel) -> Tokenizer | None:
+def _load_tokenizer(directory: Path) -> Tokenizer | None:
     """The checkpoint's tokenizer; None if it has none."""
     from haomiao.text.tokenizer import Tokenizer
 
     try:
-        return Tokenizer(opened.files_dir)
+        return Tokenizer(directory)
     except ModelNotFoundError:
         return None
 

@@ -1,7 +1,8 @@
-"""Measure how fast a model runs on this machine, beside the machine's own ceilings.
+"""Measure how fast a model runs on this machine, beside the machine's own ceilings; or, with --server, how a server
+keeps its deadlines under load.
 
-Prompts are random token ids, so no tokenizer is needed; end-of-sequence is ignored. The ceilings are measured first,
-with the same threads: sequential reads from memory, and int8 multiply-adds. Nothing is drafted unless --speculate says
+Of a model: prompts are random token ids, so no tokenizer is needed; end-of-sequence is ignored. The ceilings are
+measured first, with the same threads: sequential reads from memory, and int8 multiply-adds. Nothing is drafted unless --speculate says
 so: random prompts lead models into loops, whose speed is nobody's.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from haomiao.cli import options, terminal
+from haomiao.cli import load, options, terminal
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -23,13 +24,17 @@ def configure(parser: ArgumentParser) -> None:
     add("--new-tokens", type=options.positive, default=64, help="default 64")
     add("--streams", type=options.positive, default=1, help="requests at once (default 1)")
     add("--repeat", type=options.positive, default=3, help="runs measured, after one that is not (default 3)")
-    add("--seed", type=options.natural, default=0, help="of the random prompts (default 0)")
+    add("--seed", type=options.natural, default=0, help="of the random prompts, or of the trace (default 0)")
     add("--json", action="store_true", help="print one object last")
     add("--quiet", action="store_true", help="no progress bar")
+    load.configure(parser)
 
 
 def run(args: Namespace) -> int:
-    """Ceilings, model, runs, report."""
+    """Ceilings, model, runs, report; or the load of a server."""
+    if args.server is not None:
+        return load.run(args)
+    load.refuse_flags(args)
     model = options.take_model(args)
     given = options.runtime_options(args)
 

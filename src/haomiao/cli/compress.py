@@ -1,8 +1,9 @@
 """Convert a checkpoint into an artifact: weights in kernel layout, mapped and run without conversion.
 
 SRC is a Hugging Face id or directory, or a GGUF file. `nested` keeps an int4 plane and the plane that makes it int8,
-rounded to nearest; what SRC has in codes that fit (GGUF Q4_0, Q8_0, int4 and int8 checkpoints) keeps them. `full` keeps
-the weights as loaded, `bf16` rounds them to bfloat16.
+rounded to nearest; what SRC has in codes that fit four bits (GGUF Q4_0, int4 checkpoints) keeps them. `exact` keeps
+eight-bit codes too (GGUF Q8_0, int8 checkpoints), which then have no int4 plane of their own. `full` keeps the weights
+as loaded, `bf16` rounds them to bfloat16.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from haomiao.cli import options, terminal
 from haomiao.errors import InputError
 
-SCHEMES = ("nested", "full", "bf16")
+SCHEMES = ("nested", "exact", "full", "bf16")
 GROUPS = ("32", "64", "128")
 LO_SHIFTS = ("3", "4")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from haomiao import __version__
-from haomiao.errors import InputError, ModelError
+from haomiao.errors import InputError, ModelError, ModelNotFoundError, UnsupportedModelError
 from haomiao.kernels.packed import GROUPS
 from haomiao.load.artifact import ArtifactWriter
 from haomiao.load.source import Progress, TensorSource
@@ -66,7 +66,7 @@ def convert(
             done += spec.rows * spec.cols * 4
             if progress is not None:
                 progress(f"converting {source.name}", done, total)
-        carry_files(source, writer)
+        without_tokenizer = carry_files(source, writer)
         points = encoder.points()
         meta: dict[str, Any] = {
             "config": dict(source.config),
@@ -80,6 +80,7 @@ def convert(
                 "haomiao": __version__,
                 "exact": encoder.exact,
                 "rounded": encoder.rounded,
+                **({"without_tokenizer": without_tokenizer} if without_tokenizer else {}),
             },
             "recipe": {"method": "rtn", "scheme": scheme, "group": group, "lo_shift": lo_shift, "lo": with_lo},
         }
@@ -127,16 +128,36 @@ def listed(items: Sequence[str]) -> str:
     return "; ".join(items[:MAX_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
 
 
-def carry_files(source: TensorSource, writer: ArtifactWriter) -> None:
+def carry_files(source: TensorSource, writer: ArtifactWriter) -> str | None:
     """Copy the text files. An artifact's tokenizer is always a tokenizer.json: rebuilt where the checkpoint has none
-    (and then the files beside it are those that the rebuilt one needs). A checkpoint may have no tokenizer at all."""
+    (and then the files beside it are those that the rebuilt one needs). A checkpoint may have no tokenizer at all, or
+    one of a kind that is not known: the model then takes token ids. Returns why there is none, None if there is one."""
+    missing = None
     files: dict[str, Path | bytes] = {
         name: source.files[name] for name in (*CARRIED, "chat_template.jinja") if name in source.files
     }
     if "tokenizer.json" not in files:
-        files.update(_rebuilt_tokenizer(source))
+        try:
+            files.update(_rebuilt_tokenizer(source))
+        except (UnsupportedModelError, ModelNotFoundError) as error:
+            missing = str(error)
+    table = _token_table(files.get("tokenizer.json"), files.get("tokenizer_config.json"))
+    if table is not None:
+        files["tokenizer.table"] = table
     for name, content in files.items():
         writer.add_file(name, content)
+    return missing
+
+
+def _token_table(tokenizer: Path | bytes | None, config: Path | bytes | None) -> bytes | None:
+    """The vocabulary ready to be mapped, where its kind has one (`text.table`)."""
+    if tokenizer is None:
+        return None
+    from haomiao.text.files import read_bytes
+    from haomiao.text.table import make_table
+
+    source, declared = (read_bytes(file) if isinstance(file, Path) else file or b"" for file in (tokenizer, config))
+    return make_table(source, declared)
 
 
 def _rebuilt_tokenizer(source: TensorSource) -> dict[str, bytes]:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from haomiao.errors import InputError, ModelError, ModelNotFoundError
 from haomiao.load.artifact import Artifact, is_artifact
-from haomiao.load.source import Progress, TensorSource
 from haomiao.models.config import eos_token_ids
-from haomiao.models.convert import convert
-from haomiao.models.encode import Scheme
 from haomiao.models.plan import Plan
 from haomiao.models.registry import plan_for, position_limit
 from haomiao.models.weights import check_encodings, check_weights
 from haomiao.types import POINTS
+
+if TYPE_CHECKING:  # an artifact is opened without what converts checkpoints
+    from haomiao.load.source import Progress, TensorSource
+    from haomiao.models.encode import Scheme
 
 EMBEDDED = "haomiao-4m"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -73,6 +75,7 @@ def open_model(
         return opened(path, path.resolve().name, point, max_context, hugepages)
     from haomiao.load import cache
     from haomiao.load.source import open_source
+    from haomiao.models.convert import convert
 
     source = open_source(name, revision=revision, offline=offline, progress=progress)
     try:

@@ -8,7 +8,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from haomiao import __version__
 from haomiao.errors import EngineError, HaomiaoError
@@ -17,8 +17,10 @@ from haomiao.serve.completions import completions
 from haomiao.serve.failures import HttpError, error_response
 from haomiao.serve.guard import Guard
 from haomiao.serve.jsonbody import dump
+from haomiao.serve.realtime import realtime
 from haomiao.serve.responses import responses
 from haomiao.serve.service import Service
+from haomiao.serve.site import page_routes
 from haomiao.serve.texts import detokenize, embeddings, tokenize
 
 
@@ -48,6 +50,8 @@ def routes() -> list[BaseRoute]:
         Route("/ready", ready, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
         Route("/version", version, methods=["GET"]),
+        WebSocketRoute("/v1/realtime", realtime),
+        *page_routes(),
         Route("/openapi.json", openapi, methods=["GET"]),
     ]
 

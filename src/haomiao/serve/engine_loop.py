@@ -20,6 +20,7 @@ from haomiao.engine.engine import Engine
 from haomiao.engine.request import DoneEvent, EngineRequest, Event, TokenEvent
 from haomiao.errors import EngineError, HaomiaoError
 from haomiao.serve import messages
+from haomiao.serve.feeding import attach
 from haomiao.serve.messages import (
     Cancel,
     Close,
@@ -57,7 +58,7 @@ class EngineLoop:
         """Loads the model, telling `send` how far it is, and says `Hello`. Raises what loading raises."""
         from haomiao.api import LLM
 
-        self._send = send
+        self._send = self.send = send
         self._told = 0.0
         self._llm = LLM(opening.model, progress=self._progress, **opening.options)
         self.engine: Engine = self._llm.engine
@@ -72,6 +73,7 @@ class EngineLoop:
         """Takes `Feed`, `Commit` and `Close` on the stepping thread."""
         self.on_events: Callable[[list[Event]], list[Event]] | None = None
         """Sees every event before it is told, and returns those that are still to be told."""
+        attach(self)
         send(self._hello())
 
     # ---- from the other thread ------------------------------------------------------------------------------------

@@ -73,10 +73,12 @@ class Feed(Message, tag="feed", kw_only=True):
     position: int
     token_ids: list[int]
     salt: bytes = b""
+    point: str | None = None
+    """At which the answer will run, so that what is computed ahead can be used."""
 
 
 class Commit(Message, tag="commit", kw_only=True):
-    """Answer what the session holds; `submit.token_ids` are the tail after what was fed."""
+    """Answer what the session holds; `submit.token_ids` are the tail after what was fed, and part of it from now on."""
 
     session: int
     submit: Submit

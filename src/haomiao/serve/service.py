@@ -37,6 +37,8 @@ class Service:
         self.supervisor.on_ready = self._greet
         self.prompts = Prompts(settings)
         self.in_flight = 0
+        self.sockets = 0
+        """Realtime connections that are open."""
         self.draining = False
         self.started = int(time.time())
         self._idle = asyncio.Event()

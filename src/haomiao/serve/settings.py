@@ -21,6 +21,8 @@ class Limits:
     """For the headers, and again for the body; then 408."""
     stall_seconds: float = 30.0
     """How long a client may leave its stream unread."""
+    idle_seconds: float = 300.0
+    """How long a realtime connection may stay silent."""
     queue: int = 256
     """Requests in flight; one more gets 429."""
     rate: float | None = None

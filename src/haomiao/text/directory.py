@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from haomiao.errors import ModelError, UnsupportedModelError
-from haomiao.text import library
 from haomiao.text.decoding import greatest_id
 from haomiao.text.files import parse_object, read_bytes, read_object
 from haomiao.text.parts import MAX_TOKEN_ID, Parts, guarded
-from haomiao.text.pieces import scored_parts
-from haomiao.text.pretokenizers import CLASS_NAMES, PRE_TOKENIZERS
-from haomiao.text.sentencepiece_model import parse
-from haomiao.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
+
+    from haomiao.text.vocabulary import Vocabulary
 
 END_TEXTS = (
     "</s>",
@@ -69,8 +66,38 @@ def load_json(path: Path) -> Parts:
     return complete(Parts(backend), path.parent)
 
 
+def load_table(directory: Path) -> Parts | None:
+    """What a conversion prepared of the tokenizer.json in `directory`: ready at once, the library's tokenizer only when
+    it is asked for. None if there is no table, or one of other files. Raises `ModelError`."""
+    from haomiao.text import table
+
+    path = directory / "tokenizer.json"
+    if not path.is_file() or not (directory / table.FILE).is_file():
+        return None
+    declared = directory / "tokenizer_config.json"
+    found = table.open_table(
+        directory / table.FILE, read_bytes(path), read_bytes(declared) if declared.is_file() else b""
+    )
+    if found is None:
+        return None
+    from haomiao.text.merging import MergeEncoder
+
+    def build() -> Backend:
+        backend = from_json(read_bytes(path), path.name)
+        add_declared(backend, read_object(declared))
+        return backend
+
+    encoder = MergeEncoder(found)
+    parts = Parts(quick=(found, encoder), build=build)
+    parts.prefix, parts.suffix = encoder.around
+    return complete(parts, directory)
+
+
 def load_model(path: Path) -> Parts:
     """A tokenizer.model (SentencePiece) and what lies beside it."""
+    from haomiao.text.pieces import scored_parts
+    from haomiao.text.sentencepiece_model import parse
+
     model = parse(read_bytes(path), path.name)
     config = read_object(path.parent / "tokenizer_config.json")
     restore_flags(model.vocabulary, config)
@@ -83,6 +110,9 @@ def load_model(path: Path) -> Parts:
 
 def load_vocab(vocab: Path, merges: Path) -> Parts:
     """Byte-level BPE from vocab.json and merges.txt (GPT-2's encoder.json and vocab.bpe), cut as the class says."""
+    from haomiao.text import library
+    from haomiao.text.pretokenizers import CLASS_NAMES, PRE_TOKENIZERS
+
     ids = parse_object(read_bytes(vocab), vocab.name)
     if not ids or not all(type(id_) is int and 0 <= id_ <= MAX_TOKEN_ID for id_ in ids.values()):
         raise ModelError(f"{vocab.name}: not a vocabulary of tokens and ids")
@@ -147,6 +177,11 @@ def complete(parts: Parts, directory: Path, default_eos: int | None = None) -> P
         parts.special_ids = frozenset(specials.values())
         id_of: Callable[[str], int | None] = backend.token_to_id
         text_of: Callable[[int], str | None] = backend.id_to_token
+    elif parts.quick is not None:
+        _, quick = parts.quick
+        specials = {token.content: id_ for id_, token in quick.added.items() if token.special}
+        parts.special_ids = frozenset(specials.values())
+        id_of, text_of = quick.id_of, quick.text_of
     else:
         tokens = parts.tokens or ()
         known = {token: id_ for id_, token in enumerate(tokens)}

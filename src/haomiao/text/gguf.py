@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from haomiao.errors import ModelError, UnsupportedModelError
+from haomiao.errors import ModelError, ModelNotFoundError, UnsupportedModelError
 from haomiao.text import library
 from haomiao.text.decoding import SPACE
 from haomiao.text.gguf_metadata import read_metadata
@@ -24,6 +24,8 @@ from haomiao.text.vocabulary import PieceType, Vocabulary
 
 KEY = "tokenizer.ggml."
 _NORMAL = PieceType.NORMAL
+KINDS = ("gpt2", "gemma4", "whitespace", "llama", "t5", "bert")
+"""Values of `tokenizer.ggml.model` that can be rebuilt."""
 _END_TEXTS = """
     <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
     <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <eos> <end_of_utterance> <turn|> <|tool_response> <｜end▁of▁sentence｜>
@@ -40,19 +42,22 @@ _DEFAULTS: dict[str, dict[str, int]] = {
 
 
 def load_gguf(path: Path) -> Parts:
-    """The tokenizer in a GGUF file. Raises `ModelError`, or `UnsupportedModelError` for a kind that is not known."""
-    meta = _Metadata(read_metadata(path), path.name)
+    """The tokenizer in a GGUF file. Raises `ModelError`, `UnsupportedModelError` for a kind that is not known,
+    `ModelNotFoundError` for a file that holds none."""
+    values = read_metadata(path)
+    named = values.get(KEY + "model")
+    if named is None:
+        raise ModelNotFoundError(f"{path.name}: holds no tokenizer (no {KEY}model)")
+    if isinstance(named, str) and named not in KINDS:
+        raise UnsupportedModelError(f"{path.name}: tokenizer kind {named[:40]!r} is not supported")
+    meta = _Metadata(values, path.name)
     kind = meta.text("model")
     if kind in ("gpt2", "gemma4", "whitespace"):
         parts = _bpe(meta, kind)
     elif kind in ("llama", "t5"):
         parts = _scored(meta, unigram=kind == "t5")
-    elif kind == "bert":
-        parts = _word_piece(meta)
-    elif kind is None:
-        raise ModelError(f"{path.name}: holds no tokenizer (no {KEY}model)")
     else:
-        raise UnsupportedModelError(f"{path.name}: tokenizer kind {kind[:40]!r} is not supported")
+        parts = _word_piece(meta)
     parts.eos_ids = _end_ids(meta)
     template = meta.values.get("tokenizer.chat_template")
     parts.chat_template = template if isinstance(template, str) and len(template) <= 1 << 20 else None

@@ -16,6 +16,9 @@ from haomiao.errors import HaomiaoError, ModelError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
+    from haomiao.text.merging import MergeEncoder
+    from haomiao.text.table import Table
+
 MAX_TOKEN_ID = (1 << 24) - 1
 """No known vocabulary comes near 16 million tokens; a greater id would make masks and tables of absurd sizes."""
 MAX_FILE_BYTES = 256 << 20
@@ -39,6 +42,8 @@ class Parts:
     """Makes the backend where it is only needed by those who ask for it."""
     encoder: Encoder | None = None
     """Encodes instead of the backend where set; the backend is then the nearest that the library can do."""
+    quick: tuple[Table, MergeEncoder] | None = None
+    """Gives the backend's ids until somebody needs the backend itself (`build`)."""
     tokens: Sequence[str] | None = None
     """The vocabulary where `encoder` is set."""
     prefix: tuple[int, ...] = ()

@@ -61,13 +61,22 @@ class Tokenizer:
             self._added = self._backend.get_added_tokens_decoder()
             self.strips_leading_space = self._rule.strip_leading_space
             greatest = decoding.greatest_id(self._backend)
+        elif parts.quick is not None:
+            table, quick = parts.quick
+            decoder = table.about.get("decoder")
+            self._rule = decoding.TokenBytes(decoder if isinstance(decoder, dict) else None)
+            self._added = quick.added
+            self.strips_leading_space = self._rule.strip_leading_space
+            greatest = quick.vocab_size - 1
         self.vocab_size = greatest + 1
         """One more than the greatest id. A model's head may be larger (padded)."""
 
     @property
     def backend(self) -> Backend:
         """The library's tokenizer. Shared state: leave its settings as they are. For vocabularies of scored pieces
-        (SentencePiece) it is the nearest that the library can do, made when first asked for."""
+        (SentencePiece) it is the nearest that the library can do, made when first asked for; so is that of a tokenizer
+        which was loaded from a table, and `encode` then uses it, since it is faster. A server asks at its start: making
+        it takes the library half a second for a large vocabulary, in which no other thread runs."""
         if self._backend is None:
             with self._lock:
                 if self._backend is None and self._parts.build is not None:
@@ -114,18 +123,32 @@ class Tokenizer:
         check_text(text)
         if self._encoder is not None:
             return self._encoder.encode(text, special)
-        ids = self._encode_backend(text, special)
+        quick = self._encode_quickly(text, special)
+        ids = self._encode_backend(text, special) if quick is None else quick
         if not special and not self.special_ids.isdisjoint(ids):
             return self._encode_apart(text)
         return ids
 
+    def _encode_quickly(self, text: str, special: bool) -> list[int] | None:
+        """Ids without the library's tokenizer, as long as nobody has asked for that; None if the text is too long."""
+        if self._parts.quick is None or self._backend is not None:
+            return None
+        from haomiao.text.merging import TooLong
+
+        try:
+            ids = self._parts.quick[1].encode(text, special)
+        except TooLong:
+            return None
+        return self._checked(ids)
+
     def _encode_backend(self, text: str, special: bool) -> list[int]:
+        backend = self.backend
         with self._lock, guarded("the tokenizer cannot encode this text", InputError):
-            backend = self._backend
-            if backend is None:
-                raise ModelError("this tokenizer has no library form")
             backend.encode_special_tokens = not special
             ids = list(backend.encode(text, add_special_tokens=False).ids)
+        return self._checked(ids)
+
+    def _checked(self, ids: list[int]) -> list[int]:
         if max(ids, default=0) >= self.vocab_size:  # a vocabulary with gaps that hid its greatest id
             raise ModelError(f"the tokenizer gives token id {max(ids)}, beyond its vocabulary of {self.vocab_size}")
         return ids
@@ -172,7 +195,7 @@ class Tokenizer:
         if added is not None:
             value = added.content.encode("utf-8", "replace")
         else:
-            token = self.backend.id_to_token(token_id)
+            token = self._text_of(token_id)
             value = b"" if token is None else self._rule.of(token)
         self._bytes[token_id] = value
         return value
@@ -183,7 +206,14 @@ class Tokenizer:
             if self._ids is None:
                 self._ids = {text: id_ for id_, text in enumerate(self._parts.tokens)}
             return self._ids.get(token)
+        if self._parts.quick is not None:
+            return self._parts.quick[1].id_of(token)
         return self.backend.token_to_id(token)
+
+    def _text_of(self, token_id: int) -> str | None:
+        if self._parts.quick is not None:
+            return self._parts.quick[1].text_of(token_id)
+        return self.backend.id_to_token(token_id)
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
@@ -247,6 +277,9 @@ def load_directory(path: Path) -> Parts:
     marker = read_object(path / "tokenizer_config.json").get("haomiao")
     if exact.is_file() and isinstance(marker, dict) and marker.get("tokenizer") == exact.name:
         return directory.load_model(exact)
+    prepared = directory.load_table(path)
+    if prepared is not None:
+        return prepared
     if (path / "tokenizer.json").is_file():
         return directory.load_json(path / "tokenizer.json")
     if exact.is_file():
