@@ -18,7 +18,7 @@ pytest.importorskip("haomiao._core", reason="the compiled core is not built")
 
 import haomiao
 from haomiao.api import LLM, Chunk, Completion
-from haomiao.errors import ContextLengthError, DeadlineError, InputError, ModelNotFoundError
+from haomiao.errors import BudgetError, ContextLengthError, InputError, ModelNotFoundError
 from tests.golden.checkpoint import random_checkpoint
 
 EOS, BOS = 256, 257
@@ -233,8 +233,18 @@ def test_points_share_one_model(llm: LLM) -> None:
 def test_budgets(llm: LLM) -> None:
     kept = llm.generate("a", max_tokens=2, budget_ms=60_000)
     assert kept.receipt.outcome == "met" and kept.receipt.budget_ms == pytest.approx(60_000)
-    with pytest.raises(DeadlineError):
+    assert kept.receipt.predicted_ms is not None and 0 < kept.receipt.predicted_ms <= 60_000
+    with pytest.raises(BudgetError, match="even an idle machine needs") as refused:
         llm.generate("a" * 100, max_tokens=2, budget_ms=0.001)
+    assert refused.value.predicted_ms is not None and refused.value.predicted_ms > 0.001
+    chosen = llm.choose("It is ", ["alpha", "beta"], budget_ms=60_000, on_budget="refuse")
+    assert chosen.receipt.outcome == "met" and chosen.scores == llm.choose("It is ", ["alpha", "beta"]).scores
+    for wrong in ({"on_budget": "hope"}, {"min_point": "int2"}, {"max_kl": -1.0}, {"budget_ms": 0}, {"ttft_ms": True}):
+        with pytest.raises(InputError) as caught:
+            llm.generate("a", max_tokens=2, **{"budget_ms": 1000, **wrong})
+        assert caught.value.param in wrong
+    with pytest.raises(InputError, match="not a parameter of a choice"):
+        llm.choose("a", ["b"], ttft_ms=3)
 
 
 def test_choose(llm: LLM) -> None:

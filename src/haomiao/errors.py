@@ -21,10 +21,20 @@ class HaomiaoError(Exception):
     retry_after_ms: float | None = None
     """Of an overload: when trying again may help."""
 
-    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        predicted_ms: float | None = None,
+        retry_after_ms: float | None = None,
+    ) -> None:
         super().__init__(" ".join(message.split()))
         self.code = code or self.default_code
         self.param = param
+        self.predicted_ms = predicted_ms
+        self.retry_after_ms = retry_after_ms
 
 
 class InputError(HaomiaoError):

@@ -197,6 +197,19 @@ class StopMatcher(Protocol):
         ...
 
 
+@runtime_checkable
+class SentenceClose(Protocol):
+    """Where an answer without a grammar may end early. Shared by all requests of a model; implemented in `text`."""
+
+    def is_complete(self, token_ids: Sequence[int]) -> bool:
+        """True if the last of `token_ids` (some dozens are enough) ends a sentence."""
+        ...
+
+    def mask(self) -> U32:
+        """Tokens that end a sentence by themselves, uint32 [(vocab + 31) // 32]; as `TokenConstraint.mask`."""
+        ...
+
+
 # ---- requests and receipts ----------------------------------------------------------------------------------------
 
 
@@ -237,7 +250,7 @@ class TokenLogprob:
 
 @dataclass(slots=True)
 class ScheduleEntry:
-    """A run of steps at one operating point."""
+    """A run of steps at one operating point. No steps: tokens that were reused, and had been computed at that point."""
 
     point: str
     steps: int
@@ -250,6 +263,7 @@ class Receipt:
 
     budget_ms: float | None = None
     predicted_ms: float | None = None
+    """The bound on `total_ms` that was stated at admission, or what a refused request would have needed."""
     queue_ms: float = 0.0
     prefill_ms: float = 0.0
     decode_ms: float = 0.0

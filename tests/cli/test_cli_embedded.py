@@ -69,9 +69,28 @@ def test_bench_and_eval(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> No
     text.write_text("It was the best of times, it was the worst of times, it was the age of wisdom. " * 3)
     ask = ("eval", "--text", str(text), "--window", "32", "--point", "int4", "--against", "int8")
     measured = answer_of(capsys, *ask)
-    assert measured["kl"]["estimate"] >= 0
-    assert 0 <= measured["top1"]["estimate"] <= 1
-    assert (measured["point"], measured["against"]) == ("int4", "int8")
+    assert measured["reference"]["point"] == "int8"
+    (figures,) = measured["points"].values()
+    assert figures["kl_mean"] >= 0
+    assert 0 <= figures["top1"] <= 1
+    assert figures["ms_per_token"] > 0
+    assert figures["bytes"] > 1e6
+
+
+def test_eval_of_every_point_and_a_task(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    text, task = tmp_path / "text.txt", tmp_path / "task.jsonl"
+    text.write_text("It was the best of times, it was the worst of times, it was the age of wisdom. " * 3)
+    task.write_text('{"prompt": "Once upon a", "choices": [" time", " qzx"], "answer": " time"}\n')
+    ask = ("eval", "--text", str(text), "--task", str(task), "--window", "32", "--tokens", "64", "--no-speed")
+    measured = answer_of(capsys, *ask)
+    assert list(measured["points"]) == ["int8", "int4"]
+    for figures in measured["points"].values():
+        assert figures["perplexity"] > 1
+        assert (figures["kl_mean"], figures["ms_per_token"]) == (None, None)
+        assert figures["task"] == {"accuracy": 1.0, "accuracy_pm": 0.0, "questions": 1}
+    assert main(["eval", "--text", str(text), "--tokens", "64", "--no-speed", "--quiet"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert main(["eval"]) == 2
 
 
 def test_chat_from_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

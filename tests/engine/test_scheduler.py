@@ -240,31 +240,3 @@ def test_a_floor_under_requests_without_a_budget() -> None:
         if Span(1, 64) in step.spans:
             served, last = served + 1, now
     assert served == 3, "once in a quarter of a second"
-
-
-# ---- cost -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_cost_model_finds_a_linear_machine_and_bounds_its_noise() -> None:
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    cost = CostModel(coverage=0.95)
-    truth = lambda shape: 2e6 + 3e5 * shape.decode_tokens + 5e4 * shape.prefill_tokens + 20 * shape.context_tokens  # noqa: E731
-
-    def draw() -> StepShape:
-        decode, prefill, context = (int(rng.integers(0, most)) for most in (8, 256, 20_000))
-        return StepShape("int8", decode, prefill, context, decode)
-
-    shape = draw()
-    assert cost.predict(shape) is None and cost.bound(shape) is None
-    for _ in range(256):
-        shape = draw()
-        cost.observe(shape, int(truth(shape) * rng.uniform(0.9, 1.1)))
-    shapes = [draw() for _ in range(300)]
-    for shape in shapes:
-        assert abs((cost.predict(shape) or 0) / truth(shape) - 1) < 0.1
-    inside = sum(truth(s) * rng.uniform(0.9, 1.1) <= (cost.bound(s) or 0) for s in shapes) / len(shapes)
-    assert inside > 0.88
-    assert max((cost.bound(s) or 0) / truth(s) for s in shapes) < 1.25
-    assert cost.predict(StepShape("int4")) is None

@@ -91,9 +91,22 @@ def test_costs_keep_the_shape_and_follow_the_speed() -> None:
     assert costs.ratio("int8", 8) == pytest.approx(1.8, abs=0.1)
     assert costs.ratio("int8", 1) == 1.0
     assert costs.ratio("int8", 4) <= costs.ratio("int8", 6) <= costs.ratio("int8", 8) < costs.ratio("int8", 20)
+    assert costs.widest("int8") == 8 and costs.widest("int4") == 1
     costs.observe("int8", 0, 5.0)
     costs.observe("int8", 10_000, 5.0)
     assert costs.predict("int8", 1) == pytest.approx(2.5e6, rel=0.08), "what is no step teaches nothing"
+
+
+def test_a_lucky_first_measurement_is_soon_forgotten() -> None:
+    """Four tokens seemed as cheap as one, once. The speed of one must not take the blame for ever."""
+    costs = StepCosts()
+    for _ in range(20):
+        costs.observe("int8", 1, 1e6)
+    costs.observe("int8", 4, 1e6)
+    for step in range(32):
+        costs.observe("int8", 4 if step % 16 else 1, 2.6e6 if step % 16 else 1e6)
+    assert costs.ratio("int8", 4) > 2.0
+    assert costs.predict("int8", 1) == pytest.approx(1e6, rel=0.25)
 
 
 @given(seed=st.integers(0, 99), loss=st.floats(0.0, 8.0))

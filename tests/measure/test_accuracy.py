@@ -11,8 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haomiao.errors import InputError
-from haomiao.measure.accuracy import measure_agreement, measure_perplexity
-from haomiao.measure.report import accuracy_lines
+from haomiao.measure.accuracy import (
+    Question,
+    measure_against,
+    measure_agreement,
+    measure_choices,
+    measure_perplexity,
+)
+from haomiao.measure.report import ACCURACY_COLUMNS, accuracy_rows, point_report
 
 VOCAB = 7
 
@@ -54,7 +60,8 @@ def test_agreement_with_itself_and_with_another() -> None:
     assert other.reference.perplexity.estimate == pytest.approx(1.0)
     assert other.candidate.perplexity.estimate == pytest.approx(VOCAB)
     assert other.tokens == other.reference.tokens == 24
-    assert set(other.as_dict()) == {"kl", "top1", "reference", "candidate", "tokens"}
+    assert set(other.as_dict()) == {"kl", "kl_median", "kl_p99", "top1", "reference", "candidate", "tokens"}
+    assert other.kl_median <= other.kl_p99
 
 
 def test_the_reference_may_return_a_view_that_the_next_call_overwrites() -> None:
@@ -90,13 +97,34 @@ def test_refusals() -> None:
         measure_agreement(uniform, lambda ids: uniform(ids)[:, 1:], [1, 2])
 
 
-def test_lines_name_model_point_text_and_tokens() -> None:
+def test_several_candidates_are_measured_as_if_alone() -> None:
     ids = list(range(VOCAB)) * 4
-    head = {"model": "m", "point": "int4", "text": "t.txt"}
-    alone = accuracy_lines({**head, **measure_perplexity(uniform, ids, window=8).as_dict()})
-    assert alone.startswith("m at int4 on t.txt: 24 tokens\n")
-    assert "7.000 [7.000, 7.000]" in alone
-    other = measure_agreement(knows_the_next, uniform, ids, window=8).as_dict()
-    both = accuracy_lines({**head, "against": "int8", **other})
-    assert "KL from int8" in both
-    assert "1.94591" in both
+    calls: list[int] = []
+
+    def counted(ids: Sequence[int]) -> np.ndarray:
+        calls.append(len(ids))
+        return knows_the_next(ids)
+
+    both = measure_against(counted, {"a": uniform, "b": knows_the_next}, ids, window=8)
+    assert len(calls) == 4
+    assert both["a"] == measure_agreement(knows_the_next, uniform, ids, window=8)
+    assert both["b"].kl.estimate == 0
+
+
+def test_choices_count_what_is_right() -> None:
+    questions = [Question("q", ("a", "b"), i % 2) for i in range(10)]
+    assert measure_choices(lambda prompt, choices: 1, questions).estimate == 0.5
+    with pytest.raises(InputError, match="no questions"):
+        measure_choices(lambda prompt, choices: 0, [])
+
+
+def test_reports_show_what_was_measured_and_dashes_for_the_rest() -> None:
+    ids = list(range(VOCAB)) * 4
+    alone = point_report(measure_perplexity(uniform, ids, window=8))
+    both = point_report(measure_agreement(knows_the_next, uniform, ids, window=8))
+    assert alone["kl_mean"] is None
+    assert both["kl_mean"] == pytest.approx(math.log(VOCAB))
+    rows = accuracy_rows({"points": {"int8": alone, "int4": both}})
+    assert rows[0][:3] == ("int8", "7.000 ± 0.000", "-")
+    assert rows[1][2] == "1.94591 ± 0.00000"
+    assert all(len(row) == len(ACCURACY_COLUMNS) for row in rows)

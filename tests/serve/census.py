@@ -57,7 +57,8 @@ def census(running: Running) -> Census:
 @contextmanager
 def unharmed(running: Running, *, restarted: bool = False) -> Iterator[Running]:
     """After the block the next valid request must succeed, and nothing may be left over."""
-    assert running.chat(max_tokens=1).status_code == 200
+    first = running.chat(max_tokens=1)
+    assert first.status_code == 200, first.text
     before = census(running)
     yield running
     running.ready()

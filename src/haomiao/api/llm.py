@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from haomiao.api.answers import AnswerStream, Choice, Completion, completions_of
 from haomiao.api.requests import ChatPrompts, RequestMaker, token_ids
 from haomiao.engine.driver import Driver
+from haomiao.engine.idle import IdleWorker
 from haomiao.engine.request import DoneEvent, EngineRequest, Event
 from haomiao.errors import EngineError, HaomiaoError, InputError, ModelNotFoundError, UnavailableError
 from haomiao.types import F32, POINTS, Executor, KvType
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from haomiao.api.session import Session
+    from haomiao.engine.cost import CostModel
     from haomiao.engine.engine import Engine
     from haomiao.models.open import OpenedModel
     from haomiao.text.tokenizer import Tokenizer
@@ -37,6 +39,7 @@ class LLM:
         model: str | os.PathLike[str] | None = None,
         *,
         point: str | None = None,
+        points: Sequence[str] | None = None,
         threads: int | None = None,
         max_context: int | None = None,
         kv: KvType | None = None,
@@ -49,26 +52,33 @@ class LLM:
         prefix_cache: bool = True,
         kv_memory: int | None = None,
         speculate: str | os.PathLike[str] = "auto",
+        monitor_rate: float | None = None,
+        max_kl: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Open a model: an artifact, a directory, a GGUF file, a Hugging Face id, or None for the embedded one.
 
-        `point` is the default operating point, and decides what a checkpoint is converted to. `kv` is how K and V are
+        `point` is the default operating point, and decides what a checkpoint is converted to; `points` are those that a
+        request with a budget may be lowered to (default: all that are switchable with it). `kv` is how K and V are
         kept, `kv_memory` the bytes they may take (default: a quarter of the available memory, at most 2 GiB),
         `max_context` the tokens of a prompt and its answer (default: the model's own, as far as it fits). `speculate`
         says who drafts tokens: "suffix" ("auto": what occurred before in prompt and answer), "self" (the model's int4
         plane), another model of the same vocabulary by its name, or "off"; answers are the same in any case. `progress`
         is called with (what, done, total). Raises `ModelError`, `ModelNotFoundError`, `InputError`, `UnavailableError`.
         """
+        from haomiao.api.calibration import Calibration
         from haomiao.api.speculation import check_way, kv_type_of, make_speculator
-        from haomiao.engine.cost import CostModel
         from haomiao.engine.engine import Engine
+        from haomiao.engine.monitor import DEFAULT_RATE, Monitor
         from haomiao.engine.sizing import size_pool
         from haomiao.models.open import open_model
 
         if kv is not None and kv not in ("f32", "bf16", "int8"):
             raise InputError(f"kv must be f32, bf16 or int8, not {kv!r:.40}", param="kv")
         way = check_way(speculate)
+        if monitor_rate is None:
+            monitor_rate = DEFAULT_RATE if max_kl is not None else 0.0
+        self.monitor = Monitor(monitor_rate, limit=max_kl)
         opened = open_model(
             model if model is None else os.fspath(model),
             point=point,
@@ -104,7 +114,10 @@ class LLM:
         self.isa = str(getattr(runner, "isa", ""))
         self.eos_ids = _end_ids(self.tokenizer, opened)
         self._opened = opened
-        self._requests = RequestMaker(self.tokenizer, self.vocab_size, self.max_context)
+        throttled = _throttled(points, self.points, self.point)
+        self._calibration = Calibration(opened, runner, throttled, kind=executor, max_context=self.max_context)
+        self._progress = progress
+        self._requests = RequestMaker(self.tokenizer, self.vocab_size, self.max_context, self.calibrate)
         self._chat_prompts = ChatPrompts(self._requests)
 
         def open_draft(name: str, context: int) -> tuple[OpenedModel, Executor, Tokenizer | None]:
@@ -128,23 +141,35 @@ class LLM:
             model_key=opened.name,
             name=opened.name,
             point=self.point,
-            cost=CostModel(),
+            points=throttled,
+            cost=self._calibration.cost,
             errors=_measured_errors(opened),
             speculator=speculator,
+            monitor=self.monitor,
         )
         self._driver = Driver(engine)
+        self._idle = IdleWorker(self._driver)
+        self.monitor.on_waiting = self._idle.wake
 
     # ---- for programs that step themselves (serve) ------------------------------------------------------------------
 
     @property
     def engine(self) -> Engine:
-        """The engine. Whoever steps it must be the only one: nothing else of this class may be called meanwhile."""
+        """The engine. Whoever steps it must be the only one: nothing else of this class may be called meanwhile. From
+        now on its owner calls `Engine.idle` too, while nothing is asked."""
+        self.monitor.on_waiting = lambda: None
+        self._idle.close()
         return self._engine
 
     @property
     def requests(self) -> RequestMaker:
         """What makes the engine's requests out of options."""
         return self._requests
+
+    @property
+    def cost(self) -> CostModel:
+        """What steps take on this machine, as far as it was measured (`calibrate`)."""
+        return self._calibration.cost
 
     @property
     def files_dir(self) -> Path:
@@ -162,9 +187,15 @@ class LLM:
         """Answer a prompt (text or token ids), or several at once.
 
         Options: the fields of `SamplingParams` one by one, or `sampling=SamplingParams(...)`; one of `json_schema`,
-        `regex`, `grammar`, `choice`, `json_object`; `point`; `budget_ms` (whole answer) and `ttft_ms` (first token);
-        `speculate` ("off", "auto", "suffix", "self", "draft"); `prompt_logprobs`. Without `max_tokens`, 256 or what the
-        context leaves.
+        `regex`, `grammar`, `choice`, `json_object`; `point`; `speculate` ("off", "auto", "suffix", "self", "draft");
+        `prompt_logprobs`. Without `max_tokens`, 256 or what the context leaves.
+
+        Time: `budget_ms` for the whole answer and `ttft_ms` for the first token, both from this call on; `on_budget`
+        says what may be given up to keep them: `degrade` (default: a lower point, then fewer tokens), `truncate` (fewer
+        tokens), `refuse` (nothing); `min_point` and `max_kl` (nats per token, as measured for the artifact) limit the
+        points. What cannot be kept is refused at once: `BudgetError` if not even by an idle machine, `OverloadError` if
+        not beside the other requests; both have `predicted_ms`. `DeadlineError` if time ran out before the first token.
+        The first budget on a machine waits for `calibrate`, before its clock starts.
 
         Returns a `Completion`; a list of them for `n` > 1; for a list of texts, a list with one such result each.
         """
@@ -195,12 +226,20 @@ class LLM:
         return self.stream(prompt, **options) if stream else self.generate(prompt, **options)
 
     def choose(
-        self, prompt: str | Sequence[int], options: Sequence[str], *, normalize: bool = False, point: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        options: Sequence[str],
+        *,
+        normalize: bool = False,
+        point: str | None = None,
+        **budget: Any,
     ) -> Choice:
         """The option that the model finds likeliest after `prompt`: by the summed log-probability of its tokens and of
-        its end. `normalize` divides by their number. The prompt is computed once, the options together."""
+        its end. `normalize` divides by their number. The prompt is computed once, the options together. `budget_ms`,
+        `on_budget`, `min_point` and `max_kl` as in `generate`."""
+        fields = self._requests.budget_of_choice(budget)
         prompt_ids, option_ids = self._requests.options_of(prompt, options)
-        return self._choose(prompt_ids, option_ids, options, normalize=normalize, point=point)
+        return self._choose(prompt_ids, option_ids, options, normalize=normalize, point=point, **fields)
 
     def logits(self, ids: Sequence[int], *, point: str | None = None) -> F32:
         """Logits float32 [tokens, vocab] of a sequence: row `i` predicts token `i + 1`. Needs no tokenizer."""
@@ -225,12 +264,21 @@ class LLM:
 
         return Session(self)
 
+    # ---- time -----------------------------------------------------------------------------------------------------
+
+    def calibrate(self, *, again: bool = False) -> None:
+        """Measure how long steps take on this machine, a second or two for each point, unless that was done: before, or
+        by another process (it is kept in the cache folder). Budgets stand on it; without one it is never needed."""
+        if again or not self._calibration.ready:
+            self._calibration.prepare(self._driver, self._progress, again=again)
+
     # ---- life -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Give threads and memory back; idempotent."""
         driver: Driver | None = getattr(self, "_driver", None)
         if driver is not None:
+            self._idle.close()
             driver.close()
 
     def __enter__(self) -> LLM:
@@ -284,7 +332,7 @@ class LLM:
         *,
         normalize: bool,
         point: str | None,
-        session: int | None = None,
+        **more: Any,
     ) -> Choice:
         done = self._done(
             EngineRequest(
@@ -293,7 +341,7 @@ class LLM:
                 options=tuple(option_ids),
                 normalize=normalize,
                 point=point,
-                session=session,
+                **more,
             )
         )
         scores = done.scores or []
@@ -359,6 +407,19 @@ def _make_executor(
     except ImportError as error:
         raise UnavailableError(f"the compiled core cannot be loaded: {error}") from error
     return NativeExecutor(opened.plan, artifact.tensors, artifact.vectors, **common, threads=threads, isa=isa)
+
+
+def _throttled(points: Sequence[str] | None, switchable: Sequence[str], point: str) -> tuple[str, ...]:
+    """The points that a budget may lower a request to, the default one included. Raises `InputError`."""
+    if points is None:
+        return tuple(switchable)
+    if isinstance(points, str) or not all(isinstance(each, str) for each in points):
+        raise InputError("points must be a sequence of names", param="points")
+    for each in points:
+        if each not in switchable:
+            known = ", ".join(switchable)
+            raise InputError(f"the throttle can use {known} beside {point}, not {each!r:.40}", param="points")
+    return tuple(dict.fromkeys((point, *points)))
 
 
 def _load_tokenizer(directory: Path) -> Tokenizer | None:

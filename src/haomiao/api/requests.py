@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from haomiao.engine.request import EngineRequest
 from haomiao.errors import InputError
-from haomiao.types import SamplingParams, StopMatcher, TokenConstraint
+from haomiao.types import SamplingParams, SentenceClose, StopMatcher, TokenConstraint
 
 if TYPE_CHECKING:
     from haomiao.text.template import ChatTemplate
     from haomiao.text.tokenizer import Tokenizer
 
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choice", "json_object")
-OTHERS = ("point", "budget_ms", "ttft_ms", "sampling", "prompt_logprobs", "salt", "speculate")
+BUDGETS = ("budget_ms", "ttft_ms", "on_budget", "min_point", "max_kl")
+OTHERS = ("point", "sampling", "prompt_logprobs", "salt", "speculate", *BUDGETS)
 SAMPLING = tuple(field.name for field in fields(SamplingParams))
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 MAX_BUDGET_MS = 86_400_000
@@ -28,10 +29,19 @@ MAX_BUDGET_MS = 86_400_000
 class RequestMaker:
     """Makes the requests of one model."""
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, max_context: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        max_context: int,
+        before_budget: Callable[[], object] | None = None,
+    ) -> None:
+        """`before_budget` is called before the clock of a request with a budget starts."""
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_context = max_context
+        self._before_budget = before_budget
+        self._close: SentenceClose | None = None
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids of a prompt: text is encoded with the model's BOS, ids are taken as they are."""
@@ -51,10 +61,10 @@ class RequestMaker:
 
         Raises `InputError` for a name that is not known, and whatever the constraint's compiler refuses.
         """
-        arrival = time.monotonic_ns()
         for name in options:
             if name not in SAMPLING and name not in CONSTRAINTS and name not in OTHERS:
                 raise InputError(f"{name!r:.60} is not a parameter", param=str(name)[:60])
+        budget = self.budget(options)
         sampling = self._sampling(options, len(prompt_ids))
         return EngineRequest(
             prompt_ids,
@@ -63,13 +73,40 @@ class RequestMaker:
             constraint=self._constraint(options),
             stop=self.matcher(sampling.stop, prompt_ids),
             prompt_logprobs=options.get("prompt_logprobs"),
-            arrival_ns=arrival,
-            deadline_ns=_deadline("budget_ms", options.get("budget_ms"), arrival),
-            ttft_deadline_ns=_deadline("ttft_ms", options.get("ttft_ms"), arrival),
+            close=self.sentence_close() if budget.get("deadline_ns") is not None else None,
             salt=options.get("salt", b""),
             speculate=options.get("speculate"),
+            **budget,
             **more,
         )
+
+    def budget(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What `options` say about time, as fields of an `EngineRequest`. The clock starts here."""
+        if self._before_budget is not None and any(options.get(name) is not None for name in ("budget_ms", "ttft_ms")):
+            self._before_budget()
+        arrival = time.monotonic_ns()
+        fields: dict[str, Any] = {
+            "arrival_ns": arrival,
+            "deadline_ns": _deadline("budget_ms", options.get("budget_ms"), arrival),
+            "ttft_deadline_ns": _deadline("ttft_ms", options.get("ttft_ms"), arrival),
+        }
+        given = {name: options[name] for name in ("on_budget", "min_point", "max_kl") if options.get(name) is not None}
+        return fields | given
+
+    def budget_of_choice(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """As `budget` for a choice, whose first token is its whole answer. Raises `InputError` for any other name."""
+        for name in options:
+            if name not in BUDGETS or name == "ttft_ms":
+                raise InputError(f"{name!r:.60} is not a parameter of a choice", param=str(name)[:60])
+        return self.budget(options)
+
+    def sentence_close(self) -> SentenceClose | None:
+        """Where an answer may end when its time runs out; None without a tokenizer."""
+        if self._close is None and self.tokenizer is not None:
+            from haomiao.text.sentence import SentenceEnds
+
+            self._close = SentenceEnds(self.tokenizer, self.vocab_size)
+        return self._close
 
     def _sampling(self, options: Mapping[str, Any], prompt_tokens: int) -> SamplingParams:
         """`sampling` and the single parameters, which win; max_tokens defaults to what fits."""

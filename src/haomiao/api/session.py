@@ -48,8 +48,14 @@ class Session:
         """What the model has read so far."""
         return self._ids_with("")
 
-    def feed(self, text: str) -> int:
-        """Add text and compute it now. Returns the tokens of the whole session. If it is refused, nothing was added."""
+    def feed(self, text: str, *, compute: bool = True) -> int:
+        """Add text and compute it now. Returns the tokens of the whole session. If it is refused, nothing was added.
+
+        Without `compute` it is left to the next request: of the last words before an answer the first token then comes
+        out of the very step that reads them."""
+        if not compute:
+            self._add(text)
+            return len(self.token_ids)
         before = [_Part(part.text, part.ids) for part in self._parts]
         self._add(text)
         try:
@@ -98,12 +104,16 @@ class Session:
         ticket = self._llm._driver.submit(self._request(options))
         return _SessionStream(ticket, self._remember if remember else None)
 
-    def choose(self, options: Sequence[str], *, normalize: bool = False, point: str | None = None) -> Choice:
+    def choose(
+        self, options: Sequence[str], *, normalize: bool = False, point: str | None = None, **budget: Any
+    ) -> Choice:
         """The option that the model finds likeliest after what was fed (`LLM.choose`)."""
+        fields = self._maker.budget_of_choice(budget)
         if isinstance(options, str) or not options or not all(isinstance(each, str) and each for each in options):
             raise InputError("options must be a sequence of strings that are not empty", param="options")
         prompt, tails = shared_beginning(self.token_ids, [self._ids_with(option) for option in options])
-        return self._llm._choose(prompt, tails, options, normalize=normalize, point=point, session=self._open_id())
+        session = self._open_id()
+        return self._llm._choose(prompt, tails, options, normalize=normalize, point=point, session=session, **fields)
 
     def close(self) -> None:
         """Give its memory back; idempotent."""

@@ -25,7 +25,7 @@ def configure(parser: ArgumentParser) -> None:
     options.add_sampling(parser)
     options.add_constraints(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
-    parser.add_argument("--budget-ms", type=options.number, help="milliseconds for each answer")
+    options.add_budget(parser)
     parser.add_argument("--json", action="store_true", help="print one object at the end instead of the text")
     parser.add_argument("--quiet", action="store_true", help="no receipt lines, no progress bar")
 

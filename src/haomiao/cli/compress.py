@@ -1,22 +1,30 @@
-"""Convert a checkpoint into an artifact: weights in kernel layout, mapped and run without conversion.
+"""Compress a checkpoint into an artifact: weights in kernel layout, mapped and run without conversion.
 
-SRC is a Hugging Face id or directory, or a GGUF file. `nested` keeps an int4 plane and the plane that makes it int8,
-rounded to nearest; what SRC has in codes that fit four bits (GGUF Q4_0, int4 checkpoints) keeps them. `exact` keeps
-eight-bit codes too (GGUF Q8_0, int8 checkpoints), which then have no int4 plane of their own. `full` keeps the weights
-as loaded, `bf16` rounds them to bfloat16.
+SRC is a Hugging Face id or directory, or a GGUF file. Without --method (or --recipe) it is converted: rounded to
+nearest, codes that fit are kept (GGUF Q4_0, Q8_0, int4 and int8 checkpoints). With one, the model is calibrated on text
+layer by layer, quantized and pruned, and its error is measured at every point on text that was held out. That can be
+interrupted at any moment: the same command goes on where it was.
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 from haomiao.cli import options, terminal
 from haomiao.errors import InputError
 
 SCHEMES = ("nested", "exact", "full", "bf16")
 GROUPS = ("32", "64", "128")
-LO_SHIFTS = ("3", "4")
+LO_SHIFTS = ("2", "3", "4", "auto")
+METHODS = ("rtn", "gptq")
+FORMATS = ("haomiao", "compressed-tensors")
+CALIBRATED = (
+    *("bits", "order", "damping", "awq", "rotate", "prune", "allocation", "max_kl"),
+    *("text", "samples", "length", "held", "restart", "threads"),
+)
+"""Flags that only a calibrated compression has."""
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -24,34 +32,114 @@ def configure(parser: ArgumentParser) -> None:
     add = parser.add_argument
     options.add_model(parser, what="SRC")
     add("-o", "--output", required=True, metavar="OUT", help="directory to write; it must not exist or be empty")
-    add("--scheme", type=options.one_of(SCHEMES), default="nested", help=f"{', '.join(SCHEMES)} (default nested)")
-    add("--group", type=options.one_of(GROUPS), default="32", help="columns that share one scale (default 32)")
-    add("--lo-shift", type=options.one_of(LO_SHIFTS), help="4: disjoint planes (default); 3: overlapping planes")
+    add("--group", type=options.one_of(GROUPS), help="columns that share one scale (default 32)")
+    add(
+        "--lo-shift", type=options.one_of(LO_SHIFTS), help="4: disjoint planes (default of a conversion); 3, 2: overlap"
+    )
     add("--no-lo", action="store_true", help="leave the second plane out: an ordinary int4 model, half the size")
     add("--force", action="store_true", help="replace OUT if it is an artifact")
+    add(
+        "--format",
+        type=options.one_of(FORMATS),
+        help="compressed-tensors: export an artifact (SRC), exactly, as a Hugging Face directory at --bits 4 or 8",
+    )
     add("--json", action="store_true", help="print one object about the artifact last")
     add("--quiet", action="store_true", help="no progress bar, no summary")
+    convert = parser.add_argument_group("conversion")
+    convert.add_argument("--scheme", type=options.one_of(SCHEMES), help=f"{', '.join(SCHEMES)} (default nested)")
+    group = parser.add_argument_group("calibrated compression (flags win over the recipe)")
+    add = group.add_argument
+    add("--recipe", metavar="FILE", help="YAML with the keys of these flags (damping, max_kl, ...)")
+    add("--method", type=options.one_of(METHODS), help="gptq (default of a recipe), or rtn: round to nearest")
+    add("--bits", type=options.one_of(("3", "4", "8")), help="4 with a second plane to 8 (default), plain 8, or 3")
+    add("--order", type=options.one_of(("group", "static", "natural")), help="of elimination (default group)")
+    add("--damping", type=options.number, help="share of the Hessian's mean diagonal (default 0.01)")
+    add("--awq", action="store_true", default=None, help="scale inputs by their magnitude, folded into neighbours")
+    add("--rotate", action="store_true", default=None, help="rotate the residual stream, folded into the weights")
+    add("--prune", action="append", metavar="KIND:SHARE", help="tile:0.3, sparsegpt:0.5, wanda:2:4, ...")
+    add("--allocation", type=options.one_of(("uniform", "owl")), help="how the share is spread over layers")
+    add("--max-kl", type=options.number, help="drop second planes as long as the measured KL of int8 stays below")
+    add(
+        "--text",
+        action="append",
+        metavar="FILE",
+        help="calibration text, repeatable (default: a small English and 中文 one)",
+    )
+    add("--samples", type=options.positive, help="calibration samples (default 128)")
+    add("--length", type=options.positive, help="tokens of a sample (default 512)")
+    add("--held", type=options.positive, help="samples kept for measuring (default 16)")
+    add("--threads", type=options.positive, help="of the measurement (default: the cores this process may use)")
+    add("--restart", action="store_true", default=None, help="discard what an interrupted run left, and begin anew")
 
 
 def run(args: Namespace) -> int:
-    """Convert and say what became of it."""
+    """Convert or compress, and say what became of it."""
     model = options.require_model(args)
-    if args.no_lo and args.scheme != "nested":
-        raise InputError("--no-lo belongs to --scheme nested", param="--no-lo")
-    if args.lo_shift and args.scheme != "nested":
-        raise InputError("--lo-shift belongs to --scheme nested", param="--lo-shift")
+    if args.format == "compressed-tensors":
+        return export(args, model)
+    out = convert_only(args, model) if args.method is None and args.recipe is None else calibrated(args, model)
 
-    from haomiao.cli.models import describe_artifact, open_checkpoint
+    from haomiao.cli.models import describe_artifact
+
+    about = describe_artifact(out)
+    if args.json:
+        terminal.write_json(about)
+    elif not args.quiet:
+        terminal.note(terminal.model_line(about))
+        for line in error_lines(about):
+            terminal.note(line)
+    return 0
+
+
+def export(args: Namespace, model: str) -> int:
+    """An artifact's solution in another format, codes and scales as they are."""
+    for name in ("method", "recipe", "scheme", "group", "lo_shift", *(n for n in CALIBRATED if n != "bits")):
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} does not go with --format: compress to an artifact, then export it", param=flag)
+
+    from haomiao.cli.models import find_artifact
+    from haomiao.compress.export.compressed_tensors import export as write
+    from haomiao.load.artifact import Artifact
+
+    path = find_artifact(model)
+    if path is None:
+        raise InputError(f"{model} is no artifact: compress it first, then export the artifact", param="model")
+    with Artifact.open(path) as artifact:
+        point = "int8" if args.bits == "8" else "int4"
+        out = write(artifact, Path(args.output), point)
+    if args.json:
+        terminal.write_json({"path": str(out), "format": args.format, "point": point})
+    elif not args.quiet:
+        terminal.note(f"{out}: {args.format}, {point}")
+    return 0
+
+
+def convert_only(args: Namespace, model: str) -> Path:
+    """The quick way: no text, rounded to nearest."""
+    for name in CALIBRATED:
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} needs --method or --recipe", param=flag)
+    scheme: Any = args.scheme or "nested"
+    if args.no_lo and scheme != "nested":
+        raise InputError("--no-lo belongs to --scheme nested", param="--no-lo")
+    if args.lo_shift and scheme != "nested":
+        raise InputError("--lo-shift belongs to --scheme nested", param="--lo-shift")
+    if args.lo_shift == "auto":
+        raise InputError("--lo-shift auto needs --method gptq", param="--lo-shift")
+
+    from haomiao.cli.models import open_checkpoint
     from haomiao.models.convert import convert
 
     with terminal.ProgressBar(quiet=args.quiet) as bar:
         source = open_checkpoint(model, args, bar)
         try:
-            out = convert(
+            return convert(
                 source,
                 Path(args.output),
-                scheme=args.scheme,
-                group=int(args.group),
+                scheme=scheme,
+                group=int(args.group or 32),
                 lo_shift=int(args.lo_shift or 4),
                 with_lo=not args.no_lo,
                 overwrite=args.force,
@@ -59,9 +147,56 @@ def run(args: Namespace) -> int:
             )
         finally:
             source.close()
-    about = describe_artifact(out)
-    if args.json:
-        terminal.write_json(about)
-    elif not args.quiet:
-        terminal.note(terminal.model_line(about))
-    return 0
+
+
+def calibrated(args: Namespace, model: str) -> Path:
+    """Recipe, text, calibration, artifact."""
+    if args.scheme is not None:
+        raise InputError("--scheme belongs to a conversion, without --method and --recipe", param="--scheme")
+
+    from haomiao.compress.recipe import read_recipe, recipe_of
+
+    recipe = recipe_of({**(read_recipe(args.recipe) if args.recipe else {}), **flags(args)})
+
+    from haomiao.cli.models import open_checkpoint, open_tokenizer
+    from haomiao.compress.job import compress
+
+    with terminal.ProgressBar(quiet=args.quiet) as bar:
+        source = open_checkpoint(model, args, bar)
+        try:
+            encode = open_tokenizer(model, args).encode
+            return compress(
+                source,
+                Path(args.output),
+                recipe,
+                encode=encode,
+                overwrite=args.force,
+                restart=bool(args.restart),
+                threads=args.threads,
+                progress=bar,
+            )
+        finally:
+            source.close()
+
+
+def flags(args: Namespace) -> dict[str, Any]:
+    """The recipe's keys that were given as flags."""
+    given = {name: getattr(args, name) for name in ("method", *CALIBRATED) if name not in ("restart", "threads")}
+    given |= {"group": args.group, "lo": False if args.no_lo else None, "lo_shift": args.lo_shift}
+    for name in ("bits", "group"):
+        given[name] = None if given[name] is None else int(given[name])
+    if given["lo_shift"] not in (None, "auto"):
+        given["lo_shift"] = int(given["lo_shift"])
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def error_lines(about: dict[str, Any]) -> list[str]:
+    """The measured error of every point, where there is one."""
+    lines = []
+    for point, figures in (about.get("errors") or {}).items():
+        kl, top1 = figures["kl"], figures["top1"]
+        lines.append(
+            f"  {point:<6} KL {kl['estimate']:.5f} [{kl['low']:.5f}, {kl['high']:.5f}] nats/token, "
+            f"top-1 {100 * top1['estimate']:.1f} %, {figures['tokens']} held-out tokens"
+        )
+    return lines

@@ -21,7 +21,7 @@ def configure(parser: ArgumentParser) -> None:
     options.add_speculation(parser)
     options.add_sampling(parser)
     options.add_constraints(parser)
-    parser.add_argument("--budget-ms", type=options.number, help="milliseconds from request to last byte")
+    options.add_budget(parser)
     parser.add_argument("--logprobs", type=options.natural, metavar="N", help="with --json: N alternatives a token")
     parser.add_argument("--json", action="store_true", help="print one object instead of the text")
     parser.add_argument("--quiet", action="store_true", help="no receipt line, no progress bar")

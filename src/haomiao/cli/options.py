@@ -16,6 +16,7 @@ from haomiao.errors import InputError
 POINT_NAMES = ("full", "bf16", "int8", "int4")
 KV_NAMES = ("f32", "bf16", "int8")
 EXECUTORS = ("native", "reference")
+ON_BUDGET = ("degrade", "truncate", "refuse")
 TEXT_FILE_LIMIT = 64 << 20  # bytes of a schema, grammar or prompt read from a file or standard input
 
 
@@ -61,10 +62,16 @@ def one_of(names: tuple[str, ...]) -> Callable[[str], str]:
     return check
 
 
+def point_list(text: str) -> tuple[str, ...]:
+    """Names of points, separated by commas."""
+    return tuple(one_of(POINT_NAMES)(name.strip()) for name in text.split(","))
+
+
 ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "model": ("HAOMIAO_MODEL", str),
     "threads": ("HAOMIAO_THREADS", positive),
     "point": ("HAOMIAO_POINT", one_of(POINT_NAMES)),
+    "points": ("HAOMIAO_POINTS", point_list),
     "max_context": ("HAOMIAO_MAX_CONTEXT", positive),
     "kv": ("HAOMIAO_KV", one_of(KV_NAMES)),
     "executor": ("HAOMIAO_EXECUTOR", one_of(EXECUTORS)),
@@ -135,6 +142,27 @@ def add_constraints(parser: ArgumentParser) -> None:
     group.add_argument("--choice", action="append", metavar="TEXT", help="the answer is one of these; repeat it")
 
 
+def add_budget(parser: ArgumentParser, *, first_token: bool = True) -> None:
+    """How long an answer may take, and what may be given up for it."""
+    add = parser.add_argument
+    add("--budget-ms", type=number, metavar="X", help="milliseconds from request to last byte")
+    if first_token:
+        add("--ttft-ms", type=number, metavar="X", help="milliseconds from request to first token")
+    add(
+        "--on-budget",
+        type=one_of(ON_BUDGET),
+        help="what may be given up: degrade (default: a lower point, then tokens), truncate (tokens), refuse (nothing)",
+    )
+    add("--min-point", type=one_of(POINT_NAMES), help="the least accurate point that a budget may lower it to")
+    add(
+        "--max-kl",
+        type=number,
+        metavar="X",
+        help="greatest mean KL to `full`, nats per token, of a point it may run at",
+    )
+    add("--points", type=point_list, metavar="P,P", help="points that a budget may lower requests to [HAOMIAO_POINTS]")
+
+
 def take_environment(args: Namespace) -> None:
     """Fill flags that were not given from their variables. Raises `InputError` naming the variable."""
     for destination, (variable, convert) in ENVIRONMENT.items():
@@ -166,9 +194,17 @@ def take_model(args: Namespace) -> str | None:
     return model
 
 
+BUDGETS = ("budget_ms", "ttft_ms", "on_budget", "min_point", "max_kl")
+
+
+def budget_options(args: Namespace) -> dict[str, Any]:
+    """Keyword arguments of `LLM.generate` about time that were given."""
+    return {name: value for name in BUDGETS if (value := getattr(args, name, None)) is not None}
+
+
 def runtime_options(args: Namespace) -> dict[str, Any]:
     """Keyword arguments of `LLM` that were given."""
-    names = ("point", "threads", "max_context", "kv", "executor", "revision", "offline", "speculate")
+    names = ("point", "points", "threads", "max_context", "kv", "executor", "revision", "offline", "speculate")
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
@@ -177,7 +213,7 @@ def sampling_options(args: Namespace) -> dict[str, Any]:
     names = (
         *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed"),
         *("repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos"),
-        *("regex", "choice", "budget_ms", "logprobs"),
+        *("regex", "choice", "logprobs", *BUDGETS),
     )
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     if getattr(args, "stop", None):

@@ -70,7 +70,8 @@ FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "speculate": (str, "who drafts tokens: auto (default), suffix, self, a model, or off"),
     "chat-template": (str, "file with a Jinja template in place of the model's own"),
     "request-templates": (flag, "let requests bring a chat template of their own"),
-    "max-kl": (options.number, "greatest mean KL to full, nats per token, of the points that are used"),
+    "max-kl": (options.number, "greatest mean KL, nats per token, of the points that are used: measured, and live"),
+    "monitor-rate": (options.number, "share of steps and answers that the monitor runs again (0.02 with --max-kl)"),
     "max-queue": (options.positive, "requests in flight before 429 (default 256)"),
     "rate-limit": (seconds, "requests a minute per key, or per address without keys"),
     "max-body": (memory, "bytes of a request body (default 4M)"),
@@ -136,6 +137,9 @@ def run(args: Namespace) -> int:
             "kv-memory": "kv_memory",
             "executor": "executor",
             "speculate": "speculate",
+            "points": "points",
+            "max-kl": "max_kl",
+            "monitor-rate": "monitor_rate",
         }
     )
     for name in ("revision", "offline"):

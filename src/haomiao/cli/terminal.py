@@ -53,7 +53,9 @@ def receipt_line(receipt: Mapping[str, Any], finish_reason: str | None = None) -
     tokens = int(receipt.get("completion_tokens") or 0)
     parts = [str(receipt.get("outcome") or "no budget")]
     if receipt.get("budget_ms") is not None:
-        parts[0] += f" ({receipt.get('total_ms', 0.0):.1f} of {receipt['budget_ms']:.0f} ms)"
+        parts[0] += f" ({receipt.get('total_ms', 0.0):.1f} of {receipt['budget_ms']:.0f} ms"
+        predicted = receipt.get("predicted_ms")
+        parts[0] += f", predicted at most {predicted:.1f})" if predicted is not None else ")"
     parts.append(f"{tokens} token{'s' * (tokens != 1)}" + (f" ({finish_reason})" if finish_reason else ""))
     if receipt.get("ttft_ms") is not None:
         parts.append(f"ttft {receipt['ttft_ms']:.1f} ms")

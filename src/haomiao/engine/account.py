@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from haomiao.engine.request import FinishDetail
 from haomiao.engine.sequence import Job, Sequence
-from haomiao.errors import DeadlineError, HaomiaoError
+from haomiao.errors import BudgetError, DeadlineError, HaomiaoError, OverloadError
 from haomiao.types import Outcome, Receipt, ScheduleEntry
 
 
@@ -36,8 +36,10 @@ def make_receipt(
     started = job.started_ns if job.started_ns is not None else now
     first = sequence.first_token_ns if sequence is not None else None
     schedule = list(sequence.schedule) if sequence is not None else []
+    predicted = None if job.promised_ns is None else (job.promised_ns - arrival) / 1e6
     return Receipt(
         budget_ms=None if deadline is None else (deadline - arrival) / 1e6,
+        predicted_ms=predicted if error is None or error.predicted_ms is None else error.predicted_ms,
         queue_ms=(started - arrival) / 1e6,
         prefill_ms=((now if first is None else first) - started) / 1e6,
         decode_ms=0.0 if first is None else (now - first) / 1e6,
@@ -47,10 +49,11 @@ def make_receipt(
         cached_tokens=job.cached_tokens,
         completion_tokens=sequence.produced if sequence is not None else 0,
         schedule=schedule,
+        step_kl=sum(sequence.step_kls) / len(sequence.step_kls) if sequence is not None and sequence.step_kls else None,
         drafted_tokens=sequence.drafted if sequence is not None else 0,
         accepted_tokens=sequence.accepted if sequence is not None else 0,
         estimated_error=_estimated_error(head.errors, schedule),
-        outcome=_outcome(job, first, now, detail, error),
+        outcome=_outcome(job, schedule, first, now, detail, error),
         seed=job.seed if job.request.work == "generate" else None,
         model=head.model,
         threads=head.threads,
@@ -67,14 +70,23 @@ def _estimated_error(errors: Mapping[str, float], schedule: list[ScheduleEntry])
 
 
 def _outcome(
-    job: Job, first: int | None, now: int, detail: FinishDetail | None, error: HaomiaoError | None
+    job: Job,
+    schedule: list[ScheduleEntry],
+    first: int | None,
+    now: int,
+    detail: FinishDetail | None,
+    error: HaomiaoError | None,
 ) -> Outcome | None:
     deadline, ttft = job.request.deadline_ns, job.request.ttft_deadline_ns
-    if deadline is None and ttft is None:
+    if not job.budgeted:
         return None
     if error is not None:
+        if isinstance(error, (BudgetError, OverloadError)):
+            return "refused"
         return "missed" if isinstance(error, DeadlineError) else None
+    late = (deadline is not None and now > deadline) or (ttft is not None and first is not None and first > ttft)
+    if late or (detail == "budget_exhausted" and job.request.on_budget == "refuse"):
+        return "missed"
     if detail == "budget_exhausted":
         return "truncated"
-    late = (deadline is not None and now > deadline) or (ttft is not None and first is not None and first > ttft)
-    return "missed" if late else "met"
+    return "met_lower_point" if any(entry.point != job.point for entry in schedule) else "met"

@@ -1,18 +1,22 @@
-"""What is refused when it is submitted: requests that contradict themselves, the model or the size of the KV pool.
+"""What is refused when it is submitted: requests that contradict themselves, the model or the size of the KV pool, and
+budgets that cannot be kept.
 
-Every refusal is one line that names the numbers. Refusal by predicted time will stand here too. Knows no live request.
+Every refusal is one line that names the numbers. A budget is admitted if at the cheapest permitted point the least that
+is worth having fits, with everything admitted before still holding. Pure functions; time is an argument.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from haomiao.engine.cost import Cost
+from haomiao.engine.forecast import NEVER, Finish, Machine, Work, forecast
 from haomiao.engine.request import EngineRequest
 from haomiao.engine.state import blocks_for
 from haomiao.engine.validate import MAX_LOGPROBS, validate
-from haomiao.errors import ContextLengthError, InputError, KvExhaustedError
-from haomiao.types import KV_BLOCK_TOKENS
+from haomiao.errors import BudgetError, ContextLengthError, InputError, KvExhaustedError, OverloadError
+from haomiao.types import KV_BLOCK_TOKENS, POINTS
 
 MAX_OPTIONS = 1024
 
@@ -34,6 +38,15 @@ def check_request(request: EngineRequest, limits: Limits) -> None:
     if request.point is not None and request.point not in limits.points:
         known = ", ".join(limits.points)
         raise InputError(f"this model has the points {known}, not {request.point!r}", param="point")
+    if request.min_point is not None and request.min_point not in limits.points:
+        known = ", ".join(limits.points)
+        raise InputError(f"this model has the points {known}, not {request.min_point!r:.40}", param="min_point")
+    if request.on_budget not in ("degrade", "truncate", "refuse"):
+        raise InputError(
+            f"on_budget must be degrade, truncate or refuse, not {request.on_budget!r:.40}", param="on_budget"
+        )
+    if request.max_kl is not None and not (_is_number(request.max_kl) and request.max_kl >= 0):
+        raise InputError(f"max_kl must be a number of at least 0, not {request.max_kl!r:.40}", param="max_kl")
     if not isinstance(request.salt, bytes):
         raise InputError("salt must be bytes", param="salt")
     check_tokens("prompt", request.prompt_ids, limits.vocab_size)
@@ -48,6 +61,146 @@ def check_request(request: EngineRequest, limits: Limits) -> None:
     if request.prompt_logprobs is not None and not 0 <= request.prompt_logprobs <= MAX_LOGPROBS:
         raise InputError(f"prompt_logprobs must be from 0 to {MAX_LOGPROBS}", param="prompt_logprobs")
     _check_room(len(request.prompt_ids), requested, limits)
+
+
+def ladder_of(points: Sequence[str]) -> tuple[str, ...]:
+    """Points from the most accurate to the cheapest."""
+    return tuple(sorted(points, key=list(POINTS).index))
+
+
+def permitted(
+    request: EngineRequest, ladder: Sequence[str], default: str, lowest: str, errors: Mapping[str, float]
+) -> tuple[int, int]:
+    """Indexes in `ladder` of the most accurate and of the cheapest point that a request may run at.
+
+    It begins at its own point, or `default`. Only a budget that may be degraded is lowered, no further than `lowest`,
+    its `min_point` and its `max_kl`; `max_kl` lifts a request that named no point to where it holds. Raises
+    `BudgetError` if no point is accurate enough, or was measured at all.
+    """
+    top = ladder.index(request.point or default)
+    bottom = top
+    if request.on_budget == "degrade" and (request.deadline_ns is not None or request.ttft_deadline_ns is not None):
+        bottom = max(top, ladder.index(lowest))
+    if request.min_point is not None:
+        floor = ladder.index(request.min_point)
+        top = min(top, floor) if request.point is None else top
+        if top > floor:
+            raise InputError(f"point {ladder[top]} is below min_point {request.min_point}", param="min_point")
+        bottom = min(bottom, floor)
+    if request.max_kl is None:
+        return top, bottom
+    fine = [errors.get(point, float("inf")) <= request.max_kl for point in ladder]
+    while bottom > top and not fine[bottom]:
+        bottom -= 1
+    while request.point is None and top > 0 and not fine[top]:
+        top = bottom = top - 1
+    if not fine[top]:
+        known = ", ".join(f"{point} {errors[point]:.4g}" for point in ladder if point in errors)
+        raise BudgetError(
+            f"no permitted point keeps a mean KL of {request.max_kl:g} nats per token; "
+            f"measured for this model: {known or 'none'}",
+            param="max_kl",
+        )
+    return top, bottom
+
+
+def admit(
+    now: int,
+    work: Work,
+    others: Sequence[Work],
+    machine: Machine,
+    cost: Cost,
+    level: int,
+    *,
+    free_ns: int,
+    stretch: float = 1.0,
+    floor_ns: int = 0,
+) -> tuple[int, int] | None:
+    """The predicted bound on a work's end and the forecast under it, as absolute times; None if nothing is known about
+    time, or it has no budget. `others` was admitted before and goes on from `free_ns`, when the step that runs now
+    ends; those of them without a budget get `floor_ns` now and then and else wait. `level` is where the throttle
+    stands. `stretch` is what requests took beyond their forecast.
+
+    Raises `BudgetError` if not even an idle machine could keep the budget, `OverloadError` if only the load forbids it.
+    """
+    if work.guest:
+        return None
+    cheapest, begun = len(machine.ladder) - 1, max(now, free_ns)
+    before = [other for other in others if not other.guest]
+    alone = forecast(work.arrival_ns, [work], machine, cost.idle(), cheapest, least=True)
+    loaded = forecast(begun, [*before, work], machine, cost, cheapest, least=True, floor_ns=floor_ns)
+    whole = forecast(begun, [*others, work], machine, cost, level)
+    if alone is None or loaded is None or whole is None:
+        return None
+    if not alone[work.key].keeps(work):
+        needed = _late_by(work, alone[work.key].first_ns, alone[work.key].end_ns)
+        raise BudgetError(
+            f"{_budget(work)} cannot be kept: even an idle machine needs {needed / 1e6:.1f} ms",
+            param="budget_ms",
+            predicted_ms=needed / 1e6,
+        )
+    finish = loaded[work.key]
+    if not finish.keeps(work) or _breaks(before, loaded, machine, cost, begun, floor_ns):
+        needed = min(_late_by(work, finish.first_ns, finish.end_ns), NEVER >> 8)
+        raise OverloadError(
+            f"{_budget(work)} cannot be kept now, beside {len(others)} other requests: "
+            f"it would take {needed / 1e6:.1f} ms",
+            predicted_ms=needed / 1e6,
+            retry_after_ms=_retry_after(now, work, before, loaded, finish.end_ns),
+        )
+    forecast_ns = whole[work.key].end_ns
+    end = now + int((forecast_ns - now) * stretch) if forecast_ns < NEVER else NEVER
+    if work.deadline_ns is not None and work.least < work.decode:
+        end, forecast_ns = min(end, work.deadline_ns), min(forecast_ns, work.deadline_ns)  # it is cut there
+    return max(end, now), forecast_ns
+
+
+def _breaks(
+    others: Sequence[Work],
+    loaded: Mapping[int, Finish],
+    machine: Machine,
+    cost: Cost,
+    begun: int,
+    floor_ns: int,
+) -> bool:
+    """True if one of the others misses its budget only because of the work."""
+    late = [other for other in others if not loaded[other.key].keeps(other)]
+    if not late:
+        return False
+    cheapest = len(machine.ladder) - 1
+    without = forecast(begun, others, machine, cost, cheapest, least=True, floor_ns=floor_ns)
+    return without is not None and any(without[other.key].keeps(other) for other in late)
+
+
+def _late_by(work: Work, first_ns: int, end_ns: int) -> int:
+    """Nanoseconds from arrival that the budget would have to be: to the end, or to the first token if that is late."""
+    if (
+        work.first_ns is not None
+        and first_ns > work.first_ns
+        and (work.deadline_ns is None or end_ns <= work.deadline_ns)
+    ):
+        return first_ns - work.arrival_ns
+    return end_ns - work.arrival_ns
+
+
+def _retry_after(now: int, work: Work, others: Sequence[Work], loaded: Mapping[int, Finish], end_ns: int) -> float:
+    """Milliseconds after which a request like this one may find room: as many as it would be late, else until the first
+    of the others is done."""
+    late = end_ns - (work.deadline_ns or work.due_ns)
+    if late <= 0:
+        ends = [loaded[other.key].end_ns for other in others]
+        late = min((end for end in ends if end > now), default=now) - now
+    return round(min(max(late / 1e6, 50.0), 60_000.0), 1)
+
+
+def _budget(work: Work) -> str:
+    if work.deadline_ns is not None:
+        return f"a budget of {(work.deadline_ns - work.arrival_ns) / 1e6:.1f} ms"
+    return f"a first token within {(work.due_ns - work.arrival_ns) / 1e6:.1f} ms"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_tokens(name: str, token_ids: Sequence[int], vocab_size: int) -> None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from haomiao.engine.cost import StepShape
+from haomiao.engine.forecast import Work
 from haomiao.engine.scheduler import SequenceView
-from haomiao.engine.sequence import Sequence
+from haomiao.engine.sequence import ChoicePrompt, Generation, Job, Sequence
 from haomiao.engine.state import BlockPool
 from haomiao.types import KV_BLOCK_TOKENS, StepBatch
 
@@ -44,8 +45,9 @@ def _rows_from(sequence: Sequence) -> int | None:
     return sequence.target - 1 if sequence.draft else sequence.rows_from
 
 
-def view_of(sequence: Sequence, pool: BlockPool, found: list[int]) -> SequenceView:
-    """What the scheduler sees. `found` are blocks of the prefix cache that a sequence without KV would start from."""
+def view_of(sequence: Sequence, pool: BlockPool, found: list[int], point: str, waits: bool) -> SequenceView:
+    """What the scheduler sees. `found` are blocks of the prefix cache that a sequence without KV would start from,
+    `point` is where it would run now; `waits` says that it gets no more than the floor."""
     request, state = sequence.job.request, sequence.state
     length = len(found) * KV_BLOCK_TOKENS if state is None else state.length
     pending = sequence.target - length
@@ -53,7 +55,7 @@ def view_of(sequence: Sequence, pool: BlockPool, found: list[int]) -> SequenceVi
     deadlines = [request.deadline_ns, None if sequence.produced else request.ttft_deadline_ns]
     return SequenceView(
         key=sequence.key,
-        point=sequence.job.point,
+        point=point,
         pending=pending + drafted,
         drafted=drafted,
         decoding=sequence.produced > 0 and pending <= KV_BLOCK_TOKENS,
@@ -67,6 +69,69 @@ def view_of(sequence: Sequence, pool: BlockPool, found: list[int]) -> SequenceVi
         claim=sum(1 for block in found if not pool.holders(block)),
         tail_shared=state is not None and state.tail_shared,
         rows_from=_rows_from(sequence) if drafted else sequence.rows_from,
+        waits=waits,
+    )
+
+
+def work_of(sequence: Sequence) -> Work:
+    """What the sequence still needs. One that never ran is taken to find what it found when it was submitted."""
+    job, request = sequence.job, sequence.job.request
+    length = sequence.length
+    if sequence.state is None and job.started_ns is None:
+        length = job.cached_tokens
+    pending = max(1, sequence.target - length)
+    decode = least = 0
+    width = 1
+    first = request.ttft_deadline_ns
+    if isinstance(sequence, Generation):
+        produced, params = sequence.produced, request.sampling
+        if request.on_budget == "refuse":
+            decode = least = params.max_tokens - produced
+        else:
+            decode = max(1, min(params.max_tokens, max(job.expected, produced + 1)) - produced)
+            least = min(decode, max(0, job.least - produced))
+        width = sequence.samples
+        if produced and pending <= KV_BLOCK_TOKENS:
+            pending, first = 0, None
+        else:  # the step that ends prefill brings a token already
+            decode, least = max(0, decode - 1), max(0, least - 1)
+    elif isinstance(sequence, ChoicePrompt):
+        decode = least = 1
+        width = sum(len(option) for option in request.options)
+    return _work(job, sequence.key, pending, decode, least, length, width, first)
+
+
+def work_of_new(job: Job) -> Work:
+    """What a request needs that is no sequence yet."""
+    request, cached = job.request, job.cached_tokens
+    pending = max(1, len(request.prompt_ids) - cached)
+    decode = least = 0
+    width = 1
+    if request.work == "generate":
+        width = request.sampling.n
+        decode = (request.sampling.max_tokens if request.on_budget == "refuse" else job.expected) - 1
+        least = decode if request.on_budget == "refuse" else min(decode, job.least - 1)
+    elif request.work == "choose":
+        decode = least = 1
+        width = sum(len(option) for option in request.options)
+    return _work(job, -job.id, pending, decode, least, cached, width, request.ttft_deadline_ns)
+
+
+def _work(
+    job: Job, key: int, prefill: int, decode: int, least: int, length: int, width: int, first: int | None
+) -> Work:
+    return Work(
+        key,
+        prefill,
+        decode,
+        least,
+        length=length,
+        width=width,
+        top=job.top,
+        bottom=job.bottom,
+        arrival_ns=job.arrival_ns,
+        deadline_ns=job.request.deadline_ns,
+        first_ns=first,
     )
 
 
@@ -107,4 +172,5 @@ def shape_of(point: str, shares: list[Share]) -> StepShape:
         share.tokens * (share.sequence.length - share.tokens) + share.tokens * (share.tokens + 1) // 2
         for share in shares
     )
-    return StepShape(point, decode, total - decode, context, sum(share.rows for share in shares))
+    rows = sum(share.rows for share in shares)
+    return StepShape(point, decode, total - decode, context, rows, len(shares))

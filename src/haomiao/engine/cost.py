@@ -1,19 +1,49 @@
-"""How long a step takes: a linear model fitted on this machine, and a bound that holds for a stated share of steps.
+"""How long steps take on this machine: an expectation, and a bound that holds for a stated share of them.
 
-    nanoseconds = c0 + c1 * decode tokens + c2 * prefill tokens + c3 * context + c4 * logit rows
+    nanoseconds = (fixed + f(tokens) + g(logit rows) + a * context + b * sequences) * slowness
 
-per operating point, by least squares over the latest steps; the bound is the prediction times the quantile, at
-`coverage`, of actual / predicted over the same steps. Admission (a later step of this project) stands on it; the
-scheduler uses it to size prefill chunks. Knows nothing about clocks: durations are told to it.
+per operating point; f and g are piecewise linear and never fall. The coefficients come from a calibration
+(engine/calibrate.py), or from the first steps where there was none, by non-negative least squares; `slowness` follows
+the latest steps, because neighbours come and go: up within three steps, down within about a dozen. What the fit has
+wrong for steps of one kind (tokens, rows and context of one order of magnitude) is learned apart, and slowly.
+
+A bound is the expectation times a quantile of actual / expected, kept apart for runs of 1, 4, 16 and 64 steps: noise
+averages out over a long answer, drift does not, and both are measured this way. Knows no clock: durations are told.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from haomiao.engine.quantile import AdaptiveQuantile
+from haomiao.errors import InputError
+
+HORIZONS = (1, 4, 16, 64)
+"""Lengths of the runs of steps whose error is kept."""
+PRIOR_MARGINS = (1.5, 1.35, 1.25, 1.2)
+"""Bound / expectation before enough runs of that length were seen."""
+MAX_MARGIN = 4.0
+"""No bound is further from its expectation, or one bad minute would keep everybody out for long."""
+IDLE_MARGIN = 1.1
+"""Bound / expectation of a machine without neighbours: most of what steps vary by is their doing."""
+LEARNED = 0.1
+"""Share of a surprise that is taken into account for steps of the same kind."""
+HALF_LIFE_NS = 200_000_000
+ENOUGH = 20
+TOLERANCE = 0.1
+"""Relative error beyond which a measured step counts less in a fit."""
+TOKEN_KNOTS = (0, 1, 2, 4, 8, 16, 32, 64, 256)
+ROW_KNOTS = (0, 1, 4, 16, 64)
+TABLE = 1024
+"""Tokens and rows up to which f and g are tabulated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,58 +56,370 @@ class StepShape:
     context_tokens: int = 0
     """K/V positions read, summed over the step's tokens."""
     logit_rows: int = 0
+    sequences: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed; the model runs them alike, whatever they are for."""
+        return self.decode_tokens + self.prefill_tokens
 
     def features(self) -> tuple[float, ...]:
-        """The model's inputs, float [5], the constant first."""
-        return (1.0, self.decode_tokens, self.prefill_tokens, self.context_tokens, self.logit_rows)
+        """The model's inputs: constant, context, sequences, then the parts of tokens and rows between knots."""
+        return (
+            *(1.0, float(self.context_tokens), float(self.sequences)),
+            *_parts(self.tokens, TOKEN_KNOTS),
+            *_parts(self.logit_rows, ROW_KNOTS),
+        )
+
+
+class Cost(Protocol):
+    """What scheduling needs to know about time; `CostModel` learns it, tests invent it."""
+
+    def predict(self, shape: StepShape) -> float | None:
+        """Expected nanoseconds of a step; None if nothing is known."""
+        ...
+
+    def bound(self, shape: StepShape) -> float | None:
+        """Nanoseconds that the stated share of such steps stay within; None if nothing is known."""
+        ...
+
+    def margin(self, steps: int) -> float:
+        """Bound / expectation of a run of that many steps."""
+        ...
+
+    def idle(self) -> Cost:
+        """The same for a machine without neighbours."""
+        ...
+
+
+class LearningCost(Cost, Protocol):
+    """A `Cost` that is told what steps took."""
+
+    coverage: float
+
+    def rest(self, nanoseconds: float) -> None:
+        """Nothing ran for a while: what was seen of neighbours grows old."""
+        ...
+
+    def observe(self, shape: StepShape, nanoseconds: float) -> None:
+        """Take a measured step into account."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The coefficients of one point, tabulated."""
+
+    fixed: float
+    context: float
+    sequence: float
+    tokens: tuple[float, ...]
+    rows: tuple[float, ...]
+
+    @staticmethod
+    def of(weights: Sequence[float]) -> Fit:
+        """From coefficients in the order of `StepShape.features`."""
+        split = 3 + len(TOKEN_KNOTS)
+        return Fit(
+            weights[0],
+            weights[1],
+            weights[2],
+            _table(weights[3:split], TOKEN_KNOTS),
+            _table(weights[split:], ROW_KNOTS),
+        )
+
+    def __call__(self, shape: StepShape) -> float:
+        """Nanoseconds on the machine as it was when this was fitted."""
+        return (
+            self.fixed
+            + self.context * shape.context_tokens
+            + self.sequence * shape.sequences
+            + _look(self.tokens, shape.decode_tokens + shape.prefill_tokens)
+            + _look(self.rows, shape.logit_rows)
+        )
 
 
 class CostModel:
-    """Learns from the latest `window` steps of each point; refitted every `refit` of them."""
+    """Implements `Cost`. Unless it was calibrated it learns from the first `minimum` steps of each point."""
 
-    def __init__(self, coverage: float = 0.99, window: int = 256, minimum: int = 32, refit: int = 32) -> None:
+    def __init__(self, coverage: float = 0.99, minimum: int = 32) -> None:
         self.coverage = coverage
-        self.minimum = minimum
-        self.refit = refit
-        self._window = window
-        self._steps: dict[str, deque[tuple[tuple[float, ...], float]]] = {}
-        self._fits: dict[str, tuple[npt.NDArray[np.float64], float]] = {}
-        self._since: dict[str, int] = {}
+        self._minimum = minimum
+        self._weights: dict[str, list[float]] = {}
+        self._fits: dict[str, Fit] = {}
+        self._young: dict[str, list[tuple[StepShape, float]]] = {}  # steps of points that have no fit, or a fresh one
+        self._slowness = _Slowness()
+        self._offsets: dict[tuple[str, int, int, int], float] = {}
+        self._runs = [_Runs(length, coverage) for length in HORIZONS]
 
-    def observe(self, shape: StepShape, nanoseconds: int) -> None:
+    # ---- learn ----------------------------------------------------------------------------------------------------
+
+    def calibrate(self, steps: Sequence[tuple[StepShape, float]]) -> None:
+        """Fit every point in `steps`, (shape, nanoseconds) in the order in which they ran, and forget what was known
+        of it. The errors of these steps are the first that the bounds stand on."""
+        for point in dict.fromkeys(shape.point for shape, _ in steps):
+            self._fit(point, [(shape, duration) for shape, duration in steps if shape.point == point])
+            self._young.pop(point, None)
+        self._slowness = _Slowness()
+        self._offsets.clear()
+        for shape, duration in steps:
+            self._runs[0].prime(duration / self._fits[shape.point](shape))
+
+    def observe(self, shape: StepShape, nanoseconds: float) -> None:
         """Take a measured step into account."""
-        steps = self._steps.setdefault(shape.point, deque(maxlen=self._window))
-        steps.append((shape.features(), float(nanoseconds)))
-        self._since[shape.point] = self._since.get(shape.point, 0) + 1
-        if len(steps) >= self.minimum and (shape.point not in self._fits or self._since[shape.point] >= self.refit):
-            self.fit(shape.point)
-
-    def fit(self, point: str) -> None:
-        """Fit the coefficients and the bound. Negative coefficients are left out: more work never saves time."""
-        steps = self._steps.get(point)
-        if not steps:
+        fit = self._fits.get(shape.point)
+        young = self._young.get(shape.point)
+        if fit is None or young is not None:  # nobody calibrated this point: learn as it runs, ever more rarely
+            young = self._young.setdefault(shape.point, [])
+            young.append((shape, nanoseconds))
+            if len(young) >= self._minimum and (len(young) & (len(young) - 1)) == 0:
+                self._fit(shape.point, young)
+            if len(young) >= 16 * self._minimum:
+                del self._young[shape.point]
+        if fit is None:
             return
-        x = np.array([features for features, _ in steps], dtype=np.float64)
-        y = np.array([duration for _, duration in steps], dtype=np.float64)
-        scale = np.maximum(np.abs(x).max(axis=0), 1.0)
-        kept = list(range(x.shape[1]))
+        kind = _kind(shape)
+        offset = self._offsets.get(kind, 1.0)
+        expected = max(1.0, fit(shape) * offset)
+        for runs in self._runs:
+            runs.add(nanoseconds, expected, self._slowness.value)
+        self._slowness.add(nanoseconds / expected)
+        surprise = math.log(max(nanoseconds, 1.0) / (expected * self._slowness.latest))
+        self._offsets[kind] = min(4.0, max(0.25, offset * math.exp(LEARNED * min(0.3, max(-0.3, surprise)))))
+
+    def _fit(self, point: str, steps: Sequence[tuple[StepShape, float]]) -> None:
+        """Relative errors count, since a step of one token matters as much as one of 512: of each shape the median
+        counts, and what lies far off counts little (Huber's weights, iterated), because neighbours only ever slow."""
+        alike: dict[StepShape, list[float]] = {}
+        for shape, duration in steps:
+            alike.setdefault(shape, []).append(max(1.0, duration))
+        x = np.array([shape.features() for shape in alike], dtype=np.float64)
+        y = np.array([median(durations) for durations in alike.values()], dtype=np.float64)
+        importance = np.array([len(durations) for durations in alike.values()], dtype=np.float64)
         weights = np.zeros(x.shape[1])
-        while kept:
-            part, *_ = np.linalg.lstsq(x[:, kept] / scale[kept], y, rcond=None)
-            if (part >= 0).all():
-                weights[kept] = part / scale[kept]
-                break
-            kept = [index for index, weight in zip(kept, part, strict=True) if weight >= 0]
-        predicted = np.maximum(x @ weights, 1.0)
-        self._fits[point] = (weights, max(1.0, float(np.quantile(y / predicted, self.coverage))))
-        self._since[point] = 0
+        trust = np.ones_like(y)
+        for _ in range(4):
+            root = np.sqrt(importance * trust)
+            weights = nonnegative_least_squares(x * (root / y)[:, None], root)
+            residual = np.abs(1.0 - x @ weights / y)
+            trust = TOLERANCE / np.maximum(residual, TOLERANCE)
+        self._weights[point] = weights.tolist()
+        self._fits[point] = Fit.of(self._weights[point])
+
+    # ---- predict --------------------------------------------------------------------------------------------------
+
+    def knows(self, points: Iterable[str]) -> bool:
+        """True if all of these points can be predicted."""
+        return all(point in self._fits for point in points)
 
     def predict(self, shape: StepShape) -> float | None:
-        """Expected nanoseconds of a step, or None before enough steps were seen."""
+        """Expected nanoseconds of a step as the machine is now, or None before enough steps were seen."""
         fit = self._fits.get(shape.point)
-        return None if fit is None else float(np.dot(fit[0], shape.features()))
+        return None if fit is None else fit(shape) * self._offsets.get(_kind(shape), 1.0) * self._slowness.value
 
     def bound(self, shape: StepShape) -> float | None:
         """Nanoseconds that `coverage` of such steps stay within, or None before enough steps were seen."""
-        fit = self._fits.get(shape.point)
-        return None if fit is None else float(np.dot(fit[0], shape.features())) * fit[1]
+        expected = self.predict(shape)
+        return None if expected is None else expected * self._runs[0].margin()
+
+    def margin(self, steps: int) -> float:
+        """Bound / expectation of a run of `steps` steps, between the measured lengths by the logarithm."""
+        for index in range(len(HORIZONS) - 1, -1, -1):
+            if steps >= HORIZONS[index]:
+                low = self._runs[index].margin()
+                if index + 1 == len(HORIZONS):
+                    return low
+                share = math.log(steps / HORIZONS[index]) / math.log(HORIZONS[index + 1] / HORIZONS[index])
+                return low + share * (self._runs[index + 1].margin() - low)
+        return self._runs[0].margin()
+
+    @property
+    def slowness(self) -> float:
+        """How much slower the machine is now than when it was measured."""
+        return self._slowness.value
+
+    def idle(self) -> Cost:
+        """The machine as it was when it was measured: what even an idle one needs."""
+        return _Idle(self)
+
+    def rest(self, nanoseconds: float) -> None:
+        """Nothing ran for so long. Half of the slowness is forgotten every `HALF_LIFE_NS`: if it alone kept requests
+        out, nothing would run, and nothing would ever be learned again."""
+        self._slowness.fade(0.5 ** (max(0.0, nanoseconds) / HALF_LIFE_NS))
+
+    def counters(self) -> dict[str, int]:
+        """Steps whose bound was stated, and those that kept it: what measured coverage is made of."""
+        return {"steps": self._runs[0].errors.seen, "inside": self._runs[0].errors.inside}
+
+    # ---- keep -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What another process on this machine may start from: JSON-ready."""
+        return {
+            "features": len(StepShape("").features()),
+            "weights": self._weights,
+            "errors": [runs.errors.latest() for runs in self._runs],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Start from what `state` returned. Raises `InputError` for anything else."""
+        weights, errors = state.get("weights"), state.get("errors")
+        length = len(StepShape("").features())
+        if not isinstance(weights, dict) or not isinstance(errors, list) or len(errors) != len(HORIZONS):
+            raise InputError("this is not the state of a cost model")
+        if not all(isinstance(each, list) and len(each) == length for each in weights.values()):
+            raise InputError("this is the state of another cost model")
+        for number in (*(n for each in weights.values() for n in each), *(n for each in errors for n in each)):
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < 1e15:
+                raise InputError("the state of the cost model holds what is not a duration")
+        self._weights = {str(point): [float(n) for n in each] for point, each in weights.items()}
+        self._fits = {point: Fit.of(each) for point, each in self._weights.items()}
+        self._young = {}
+        for runs, numbers in zip(self._runs, errors, strict=True):
+            runs.errors = AdaptiveQuantile(self.coverage)
+            runs.errors.extend(numbers[-256:])
+
+
+class _Idle:
+    """A cost model without its slowness."""
+
+    def __init__(self, model: CostModel) -> None:
+        self._model = model
+
+    def predict(self, shape: StepShape) -> float | None:
+        expected = self._model.predict(shape)
+        return None if expected is None else expected / self._model.slowness
+
+    def bound(self, shape: StepShape) -> float | None:
+        expected = self.predict(shape)
+        return None if expected is None else expected * self.margin(1)
+
+    def margin(self, steps: int) -> float:
+        return min(self._model.margin(steps), IDLE_MARGIN)
+
+    def idle(self) -> Cost:
+        return self
+
+
+class _Slowness:
+    """How much slower than fitted the machine is: the greater of a quick median and a calm one."""
+
+    def __init__(self) -> None:
+        self._quick: deque[float] = deque(maxlen=5)
+        self._calm: deque[float] = deque(maxlen=25)
+        self.value = 1.0
+
+    def add(self, ratio: float) -> None:
+        self._quick.append(ratio)
+        self._calm.append(ratio)
+        self.value = max(median(self._quick), median(self._calm)) if len(self._quick) > 2 else self.value
+
+    @property
+    def latest(self) -> float:
+        """The quick median alone."""
+        return median(self._quick)
+
+    def fade(self, share: float) -> None:
+        """Keep `share` of the slowness, on a logarithmic scale; a machine that was quicker stays so."""
+        for kept in (self._quick, self._calm):
+            for index, ratio in enumerate(kept):
+                kept[index] = ratio**share if ratio > 1.0 else ratio
+        if self.value > 1.0:
+            self.value = self.value**share
+
+
+class _Runs:
+    """Errors of runs of `length` steps: actual / what was expected when the run began."""
+
+    def __init__(self, length: int, coverage: float) -> None:
+        self.length = length
+        self.errors = AdaptiveQuantile(coverage)
+        self._prior = PRIOR_MARGINS[HORIZONS.index(length)]
+        self._steps = 0
+        self._actual = self._expected = 0.0
+        self._slowness = 1.0
+
+    def add(self, actual: float, expected: float, slowness: float) -> None:
+        if not self._steps:
+            self._slowness = slowness
+        self._steps += 1
+        self._actual += actual
+        self._expected += expected
+        if self._steps == self.length:
+            self.errors.add(self._actual / (self._expected * self._slowness))
+            self._steps = 0
+            self._actual = self._expected = 0.0
+
+    def prime(self, ratio: float) -> None:
+        self.errors.extend([ratio])
+
+    def margin(self) -> float:
+        value = self.errors.value
+        if value is None or len(self.errors) < ENOUGH:
+            return min(max(self._prior, value or 0.0), MAX_MARGIN)
+        return min(value, MAX_MARGIN)
+
+
+def _kind(shape: StepShape) -> tuple[str, int, int, int]:
+    """Steps that are alike: the same point, tokens, rows and context a token of one order of magnitude."""
+    tokens = shape.decode_tokens + shape.prefill_tokens
+    context = shape.context_tokens // max(1, tokens)
+    return shape.point, tokens.bit_length(), shape.logit_rows.bit_length(), context.bit_length() // 2
+
+
+def nonnegative_least_squares(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """`w >= 0` that minimizes |x w - y|: the active-set method of Lawson and Hanson (1974, chapter 23)."""
+    scale = np.maximum(np.abs(x).max(axis=0), 1e-300)
+    scaled = x / scale
+    gram, target = scaled.T @ scaled, scaled.T @ y
+    gram[np.diag_indices_from(gram)] += 1e-9 * max(1.0, float(gram.trace()))  # features that never vary alone
+    weights = np.zeros(x.shape[1])
+    free = np.zeros(x.shape[1], dtype=bool)
+    for _ in range(3 * x.shape[1]):
+        gradient = np.where(free, -np.inf, target - gram @ weights)
+        best = int(np.argmax(gradient))
+        if gradient[best] <= 1e-10 * max(1.0, float(np.abs(target).max())):
+            break
+        free[best] = True
+        while True:
+            trial = np.zeros_like(weights)
+            trial[free] = np.linalg.solve(gram[np.ix_(free, free)], target[free])
+            if (trial[free] > 0).all():
+                break
+            falling = free & (trial <= 0)
+            step = np.min(weights[falling] / np.maximum(weights[falling] - trial[falling], 1e-300))
+            weights = weights + step * (trial - weights)
+            free &= weights > 1e-14
+            weights[~free] = 0.0
+            if not free.any():
+                break
+        weights = np.where(free, trial, 0.0)
+    found: npt.NDArray[np.float64] = weights / scale
+    return found
+
+
+def _parts(count: float, knots: Sequence[int]) -> tuple[float, ...]:
+    """How much of `count` lies between each knot and the next; the last part has no end."""
+    ends = (*knots[1:], math.inf)
+    return tuple(min(max(count - low, 0.0), high - low) for low, high in zip(knots, ends, strict=True))
+
+
+def _table(weights: Sequence[float], knots: Sequence[int]) -> tuple[float, ...]:
+    values = np.interp(np.arange(TABLE + 1), *_corners(weights, knots))
+    return tuple(values.tolist())
+
+
+def _corners(weights: Sequence[float], knots: Sequence[int]) -> tuple[list[float], list[float]]:
+    """The piecewise linear function's corners: (counts, values)."""
+    at, values = [float(knots[0])], [0.0]
+    for weight, low, high in zip(weights, knots, (*knots[1:], 2 * TABLE), strict=True):
+        at.append(float(high))
+        values.append(values[-1] + weight * (high - low))
+    return at, values
+
+
+def _look(table: Sequence[float], count: int) -> float:
+    """An entry, beyond the table by its last slope."""
+    if count <= TABLE:
+        return table[count]
+    return table[TABLE] + (count - TABLE) * (table[TABLE] - table[TABLE - 1])

@@ -1,8 +1,9 @@
 """The loop: accept, admit, plan, run, emit.
 
-One `step()` computes one step of the model for as many sequences as fit, and returns what came out of it. The engine
-speaks token ids; text, grammars and stop strings reach it through protocols. It starts no thread and reads no clock but
-the one it is given. `submit` and `cancel` may be called from other threads than `step`; everything else may not.
+`submit` accepts and admits: what cannot be served, or not in time, is refused there and then. One `step()` ends what
+has no time left, computes one step of the model for as many sequences as fit, and returns what came out of it. The
+engine speaks token ids; text, grammars and stop strings reach it through protocols. It starts no thread and reads no
+clock but the one it is given. `submit` and `cancel` may be called from other threads than `step`; nothing else may.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 
 from haomiao.engine import scheduler
 from haomiao.engine.account import Letterhead
 from haomiao.engine.admission import Limits, check_request
-from haomiao.engine.batch import Share, make_batch, shape_of
-from haomiao.engine.cost import CostModel, StepShape
+from haomiao.engine.batch import Share, make_batch, shape_of, work_of
+from haomiao.engine.budgets import CLOSING_TOKENS, Budgets
+from haomiao.engine.cost import LearningCost, StepShape
+from haomiao.engine.forecast import Work
 from haomiao.engine.held import HeldSequences
-from haomiao.engine.prefix import PrefixChain
+from haomiao.engine.monitor import Monitor
+from haomiao.engine.prefix import PrefixChain, PrefixNames
 from haomiao.engine.random import fresh_seed
 from haomiao.engine.reporter import Reporter
 from haomiao.engine.request import DoneEvent, EngineRequest, Event
@@ -28,8 +32,19 @@ from haomiao.engine.scheduler import SchedulerState, StepPlan
 from haomiao.engine.sequence import Job, Rows, Sequence
 from haomiao.engine.speculate.speculator import Speculator
 from haomiao.engine.state import BlockPool
-from haomiao.errors import CancelledError, DeadlineError, EngineError, KvExhaustedError, OverloadError
+from haomiao.errors import (
+    BudgetError,
+    CancelledError,
+    DeadlineError,
+    EngineError,
+    HaomiaoError,
+    KvExhaustedError,
+    OverloadError,
+)
 from haomiao.types import Executor, Observer, StepResult
+
+MAX_GAP_NS = 5_000_000
+"""Time between two rounds that counts as theirs; a caller that takes longer is not the machine's slowness."""
 
 
 class Engine:
@@ -45,16 +60,19 @@ class Engine:
         model_key: str = "",
         name: str = "",
         point: str | None = None,
+        points: SequenceOf[str] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
         observers: SequenceOf[Observer] = (),
-        cost: CostModel | None = None,
+        cost: LearningCost | None = None,
         errors: Mapping[str, float] | None = None,
         max_requests: int = 1024,
         speculator: Speculator | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
         """`model_key` identifies the weights: prefix blocks of another key are never used. `name` and `errors` (the
-        artifact's mean KL by point) go on receipts. `max_requests` are queued or running before `OverloadError`.
-        `speculator` drafts tokens; it is closed with the engine."""
+        artifact's mean KL by point) go on receipts. `point` is where requests run, `points` are those that a budget may
+        lower them to (default: all of the executor's). `max_requests` are queued or running before `OverloadError`.
+        `speculator` drafts tokens, `monitor` measures the live error; they are closed with the engine."""
         self.executor = executor
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.limits = Limits(executor.vocab_size, max_context, executor.kv_blocks, tuple(executor.points))
@@ -63,18 +81,32 @@ class Engine:
         self.model_key = model_key
         self._prefix_cache = prefix_cache
         self._clock = clock
-        self._cost = cost
+        self.cost = cost
+        self.budgets = Budgets(
+            executor.points,
+            default=self.point,
+            throttled=executor.points if points is None else points,
+            errors=errors or {},
+            max_step_tokens=executor.max_step_tokens,
+            cost=cost,
+        )
+        self._round: tuple[StepShape, int, int] | None = None  # the last step: its shape, its beginning, its end
         self._speculator = speculator or Speculator(())
-        self._roster = Roster(self.pool, self._make_chain, self._speculator.release)
+        self.monitor = monitor or Monitor(0.0)
+        self.monitor.attach(executor, self.pool, self.budgets.forbid)
+        self._looked = False  # the monitor took time in the last step
+        self._roster = Roster(self.pool, self._name_blocks, self._speculator.release)
         letterhead = Letterhead(
             name, int(getattr(executor, "threads", 0)), str(getattr(executor, "isa", "")), dict(errors or {})
         )
-        self._reporter = Reporter(self._roster, letterhead, observers)
+        self._reporter = Reporter(self._roster, letterhead, observers, self.budgets.ended)
         self._max_requests = max_requests
         self._max_rows = int(getattr(executor, "max_logit_rows", executor.max_step_tokens))
         self._max_sequences = int(getattr(executor, "max_sequences", executor.max_step_tokens))
         self._ids = itertools.count(1)
         self._inbox: deque[Job] = deque()
+        self._arrived: list[int] = []  # taken in, and not yet in the picture of the load that admission stands on
+        self._refused: deque[tuple[Job, HaomiaoError]] = deque()
         self._cancelled: deque[int] = deque()
 
     # ---- the face -------------------------------------------------------------------------------------------------
@@ -85,22 +117,20 @@ class Engine:
         return self._roster.held
 
     def submit(self, request: EngineRequest) -> int:
-        """Queue a request and return its id. Raises what `admission.check_request` does, and `OverloadError`."""
-        check_request(request, self.limits)
-        self._speculator.check(request.speculate)
-        if len(self._roster.jobs) + len(self._inbox) >= self._max_requests:
-            raise OverloadError(f"{self._max_requests} requests are queued or running already")
-        now = self._clock()
-        seed = request.sampling.seed
-        job = Job(
-            id=next(self._ids),
-            request=request,
-            point=request.point or self.point,
-            arrival_ns=now if request.arrival_ns is None else request.arrival_ns,
-            seed=fresh_seed() if seed is None else seed,
-            eos_ids=self.eos_ids,
-            vocab_size=self.executor.vocab_size,
-        )
+        """Queue a request and return its id.
+
+        Raises what `admission.check_request` does, `OverloadError` if the queue is full, and for a budget that cannot
+        be kept `BudgetError` (not even by an idle machine) or `OverloadError` (not beside the others); these two carry
+        the predicted time, and the observers get their receipt.
+        """
+        job = self._accept(request)
+        try:
+            self.budgets.describe(job)
+            job.cached_tokens = self._roster.cached(job)
+            self.budgets.admit(job, self._clock())
+        except (BudgetError, OverloadError) as error:
+            self._refused.append((job, error))
+            raise
         self._inbox.append(job)
         return job.id
 
@@ -111,20 +141,37 @@ class Engine:
     def step(self) -> list[Event]:
         """Compute one step and return what happened. An empty list means that nothing was ready to be told."""
         now = self._clock()
-        self._accept(now)
-        self._admit(now)
+        self._learn(now)
+        self._take_in(now)
+        self._hasten(now)
+        works = self._works()
+        self._steer(now, works)
         self._speculator.propose(now, self._roster, self.executor.max_step_tokens)
-        step_plan = self._plan(now)
+        step_plan = self._plan(now, works)
         shares = self._roster.make_room(step_plan, now)
+        shape = shape_of(step_plan.point, shares)
+        self._announce(shape, shares, works, now)
         result = self._run(step_plan.point, shares)
+        drafted = any(share.sequence.draft for share in shares)
         if result is not None:
-            self._emit(shares, result)
+            self._emit(step_plan.point, shares, result)
+            if not drafted and not self._looked:  # drafting rounds and shadow runs are not the step's own time
+                self._round = shape, now, max(self._clock(), now + result.elapsed_ns)
+        if not len(self._roster):
+            self._announce(shape, [], [], self._clock())
         return self._reporter.take()
 
     def settle(self) -> list[Event]:
         """Take submissions and cancellations in without computing anything."""
-        self._accept(self._clock())
+        now = self._clock()
+        self._take_in(now)
+        self.budgets.publish(now, self._works())
         return self._reporter.take()
+
+    def idle(self) -> bool:
+        """Do a little of what can wait, at most a step or two. False if there is nothing to do, or something is
+        asked."""
+        return not self.busy and self.monitor.work()
 
     @property
     def busy(self) -> bool:
@@ -181,29 +228,56 @@ class Engine:
         """Forget it; a request that runs in it goes on alone."""
         self.held.close(session)
 
+    def forbid(self, points: Iterable[str]) -> None:
+        """Keep the throttle off these points (`Budgets.forbid`)."""
+        self.budgets.forbid(points)
+
     def check_integrity(self) -> None:
         """Raise `EngineError` if a KV block is lost, held twice or free while held."""
-        self._roster.check_integrity()
+        self._roster.check_integrity(self.monitor.states())
 
     def close(self) -> None:
         """Give everything back and close the executor; idempotent."""
         self._inbox.clear()
         self._roster.clear()
         self._speculator.close()
+        self.monitor.close()
         self.executor.close()
 
-    def _make_chain(self, job: Job) -> PrefixChain | None:
-        """Names for the prefix blocks of a request."""
+    def _name_blocks(self, job: Job) -> PrefixNames | None:
+        """Names for the prefix blocks of a request, at whatever point they are computed."""
         if not self._prefix_cache:
             return None
-        return PrefixChain(
-            model_key=self.model_key, point=job.point, kv_type=self.executor.kv_type, salt=job.request.salt
+        return PrefixNames(
+            lambda point: PrefixChain(
+                model_key=self.model_key, point=point, kv_type=self.executor.kv_type, salt=job.request.salt
+            )
         )
 
     # ---- accept ---------------------------------------------------------------------------------------------------
 
-    def _accept(self, now: int) -> None:
+    def _accept(self, request: EngineRequest) -> Job:
+        """A job out of a request that contradicts nothing."""
+        check_request(request, self.limits)
+        self._speculator.check(request.speculate)
+        if len(self._roster.jobs) + len(self._inbox) >= self._max_requests:
+            raise OverloadError(f"{self._max_requests} requests are queued or running already", retry_after_ms=1000.0)
+        now = self._clock()
+        seed = request.sampling.seed
+        return Job(
+            id=next(self._ids),
+            request=request,
+            points=(request.point or self.point,),
+            arrival_ns=now if request.arrival_ns is None else request.arrival_ns,
+            seed=fresh_seed() if seed is None else seed,
+            eos_ids=self.eos_ids,
+            vocab_size=self.executor.vocab_size,
+        )
+
+    def _take_in(self, now: int) -> None:
         """Take in what other threads submitted and cancelled."""
+        while self._refused:
+            self._reporter.refused(*self._refused.popleft(), now)
         cancelled = {self._cancelled.popleft() for _ in range(len(self._cancelled))}
         for job in [job for job in self._roster.jobs.values() if job.id in cancelled]:
             self._reporter.fail(job, CancelledError("the request was cancelled"), now)
@@ -211,53 +285,87 @@ class Engine:
             job = self._inbox.popleft()
             if job.id in cancelled:
                 self._reporter.refuse(job, CancelledError("the request was cancelled"), now)
-                continue
-            try:
-                self._roster.open(job)
-            except Exception as error:
-                self._reporter.refuse(job, error, now)
+            else:
+                try:
+                    self._roster.open(job)
+                except Exception as error:
+                    self._reporter.refuse(job, error, now)
+            self._arrived.append(job.id)
 
     # ---- admit ----------------------------------------------------------------------------------------------------
 
-    def _admit(self, now: int) -> None:
-        """End what has no time left. (Admission by predicted time belongs here.)"""
-        for sequence in list(self._roster):
-            deadline = sequence.job.request.deadline_ns
-            if deadline is None or sequence not in self._roster:
-                continue
-            if now + self._next_step_ns(sequence) < deadline:
-                continue
-            try:
-                progress = sequence.close_early()
-            except Exception as error:
-                self._reporter.fail(sequence.job, error, now)
-                continue
-            if progress is not None:
-                self._reporter.tell(sequence, progress, now)
-            elif now >= deadline:
-                late = DeadlineError("the budget was spent before the first token")
-                self._reporter.fail(sequence.job, late, now)
+    def _hasten(self, now: int) -> None:
+        """Keep what was promised: whoever is short of time looks for an end, whoever has none left ends."""
+        urgent = [sequence for sequence in self._roster if sequence.job.request.deadline_ns is not None]
+        round_ns = self._decode_ns() if urgent else 0.0
+        for sequence in urgent:
+            if sequence not in self._roster:
+                continue  # it ended with another sample
+            left = self.budgets.tokens_left(now, sequence, round_ns)
+            if left == 0:
+                self._end_early(sequence, now)
+            elif left <= CLOSING_TOKENS and sequence.job.request.on_budget != "refuse":
+                sequence.hasten(left)
 
-    def _next_step_ns(self, sequence: Sequence) -> float:
-        if self._cost is None:
+    def _decode_ns(self) -> float:
+        """What a round takes in which everything that decodes gets its token; 0 while nothing is known about time."""
+        decoding = [sequence for sequence in self._roster if sequence.produced]
+        total = 0.0
+        for point in dict.fromkeys(self.budgets.point_of(sequence.job) for sequence in decoding):
+            here = [sequence for sequence in decoding if self.budgets.point_of(sequence.job) == point]
+            shape = StepShape(point, len(here), 0, sum(each.length for each in here), len(here), len(here))
+            total += (self.cost.predict(shape) or 0.0) if self.cost is not None else 0.0
+        return total
+
+    def _end_early(self, sequence: Sequence, now: int) -> None:
+        """End a sequence that has time for no step more: with what there is, or, when the time is up, without."""
+        request = sequence.job.request
+        spent = now >= (request.deadline_ns or now)
+        if request.on_budget == "refuse" and not spent:
+            return
+        try:
+            progress = sequence.close_early()
+        except Exception as error:
+            self._reporter.fail(sequence.job, error, now)
+            return
+        if progress is not None:
+            self._reporter.tell(sequence, progress, now)
+        elif spent:
+            self._reporter.fail(sequence.job, DeadlineError("the budget was spent before the first token"), now)
+
+    def _spare_ns(self) -> float:
+        """Nanoseconds that may be taken now without any budget suffering; all there is where nobody has one."""
+        if self._inbox:
             return 0.0
-        shape = StepShape(sequence.job.point, decode_tokens=1, context_tokens=sequence.length, logit_rows=1)
-        return self._cost.bound(shape) or 0.0
+        between = [each.job.request.itl_ns for each in self._roster if each.job.request.itl_ns is not None]
+        spare = self.budgets.spare_ns(self._clock(), [work_of(sequence) for sequence in self._roster])
+        return min(spare, min(between) - self._decode_ns()) if between else spare
 
     # ---- plan -----------------------------------------------------------------------------------------------------
 
-    def _plan(self, now: int) -> StepPlan:
+    def _steer(self, now: int, works: list[Work]) -> None:
+        """Set the throttle, and with it the point of everybody."""
+        self.budgets.steer(now, works)
+        for sequence in self._roster:
+            sequence.point = self.budgets.point_of(sequence.job)
+
+    def _plan(self, now: int, works: list[Work]) -> StepPlan:
         """Ask the scheduler; make room and ask again while KV is what is missing."""
+        waiting = set() if self.budgets.gear.guests else {work.key for work in works if work.guest}
         while len(self._roster):
             state = SchedulerState(
-                tuple(self._roster.view(sequence) for sequence in self._roster),
+                tuple(
+                    self._roster.view(sequence, sequence.point, waits=sequence.key in waiting)
+                    for sequence in self._roster
+                ),
                 self.pool.available,
                 self.executor.max_step_tokens,
                 self._max_rows,
                 self._max_sequences,
+                self.budgets.chunk_tokens(),
             )
-            step_plan = scheduler.plan(now, state, self._cost)
-            if step_plan.blocked and self.held.drop_oldest():
+            step_plan = scheduler.plan(now, state, self.cost)
+            if step_plan.blocked and (self.monitor.give_way() or self.held.drop_oldest()):
                 continue
             for key in step_plan.preempt:
                 self._roster.preempt(self._roster[key])
@@ -269,6 +377,28 @@ class Engine:
                 self._reporter.fail(self._roster[most_urgent.key].job, shed, now)
         return StepPlan()
 
+    def _works(self) -> list[Work]:
+        """What every sequence still needs; nothing is counted where nothing is known about time."""
+        return [] if self.cost is None else [work_of(sequence) for sequence in self._roster]
+
+    def _announce(self, shape: StepShape, shares: list[Share], works: list[Work], now: int) -> None:
+        """Show admission the load as it will be when the step has ended."""
+        if self.cost is None:
+            return
+        computed = {share.sequence.key: share.tokens for share in shares}
+        after = [work.after(computed[work.key]) if work.key in computed else work for work in works]
+        self.budgets.publish(now, after, self._arrived, (self.cost.predict(shape) or 0.0) if shares else 0.0)
+        self._arrived.clear()
+
+    def _learn(self, now: int) -> None:
+        """Tell the cost model what the last round took, up to this one if somebody waited meanwhile."""
+        if self.cost is not None and self._round is not None:
+            shape, begun, ended = self._round
+            if len(self._roster):
+                ended = max(ended, min(now, ended + MAX_GAP_NS))
+            self.cost.observe(shape, ended - begun)
+        self._round = None
+
     # ---- run ------------------------------------------------------------------------------------------------------
 
     def _run(self, point: str, shares: list[Share]) -> StepResult | None:
@@ -279,6 +409,7 @@ class Engine:
             self._speculator.fill(point, shares)
             batch = make_batch(point, shares)
             result = self.executor.step(batch)
+            self._looked = self.monitor.stepped(point, shares, batch, result, self._spare_ns)
         except BaseException as error:
             for share in shares:
                 share.sequence.cut(share.tokens)
@@ -288,14 +419,12 @@ class Engine:
                 self._reporter.fail(job, error, self._clock())
             return None
         self._reporter.stepped(batch, result)
-        if self._cost is not None:
-            self._cost.observe(shape_of(point, shares), result.elapsed_ns)
         self._speculator.observe(point, shares, result.elapsed_ns)
         return result
 
     # ---- emit -----------------------------------------------------------------------------------------------------
 
-    def _emit(self, shares: list[Share], result: StepResult) -> None:
+    def _emit(self, point: str, shares: list[Share], result: StepResult) -> None:
         """Hand every sequence its logits, and tell what became of it."""
         now = self._clock()
         row = 0
@@ -306,14 +435,16 @@ class Engine:
                 continue  # its request failed a moment ago, with another sample
             rows = Rows(sequence.length - share.rows, logits[first:row], argmax[first:row]) if share.rows else None
             try:
-                sequence.account(sequence.job.point, share.tokens)
+                sequence.account(point, share.tokens)
                 branches = sequence.branches()
                 for branch in branches:
                     self._roster.enter(branch, past=sequence)
                 for each in (sequence, *branches):
                     progress = each.consume(rows)
                     self._roster.publish(each)  # now that it holds nothing but what stands
-                    self._reporter.tell(each, progress, now)
+                    receipt = self._reporter.tell(each, progress, now)
+                    if receipt is not None:
+                        self.monitor.ended(each, receipt)
             except Exception as error:
                 self._reporter.fail(sequence.job, error, now)
             except BaseException:  # an interrupt: this request is half told, and the rest of the step not looked at
@@ -321,4 +452,4 @@ class Engine:
                     later.sequence.cut(later.tokens)
                 self._reporter.fail(sequence.job, CancelledError("the request was interrupted"), now)
                 raise
-        self._speculator.settle(shares[0].sequence.job.point, shares)
+        self._speculator.settle(point, shares)

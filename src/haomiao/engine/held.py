@@ -7,9 +7,10 @@ KV that no request uses may be taken away when room is short; the session then c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from haomiao.engine.origin import Origin
 from haomiao.engine.state import PagedState
 from haomiao.errors import InputError
 
@@ -18,7 +19,7 @@ from haomiao.errors import InputError
 class _Held:
     tokens: list[int] = field(default_factory=list)
     state: PagedState | None = None
-    point: str = ""
+    origin: Origin = field(default_factory=Origin)
     job_id: int | None = None  # the request that runs in the session now
 
 
@@ -35,8 +36,11 @@ class HeldSequences:
         self._sessions[session] = _Held()
         return session
 
-    def take(self, session: int, job_id: int, point: str, tokens: Sequence[int], limit: int) -> PagedState | None:
-        """Hand over KV for the common beginning of `tokens`, at most `limit` tokens of it; None if there is nothing.
+    def take(
+        self, session: int, job_id: int, points: Collection[str], tokens: Sequence[int], limit: int
+    ) -> tuple[PagedState, Origin] | None:
+        """Hand over KV for the common beginning of `tokens`, at most `limit` tokens of it, as far as it was computed at
+        one of `points`; None if there is nothing.
 
         Raises `InputError` if there is no such session, or a request runs in it.
         """
@@ -49,21 +53,26 @@ class HeldSequences:
         state, held.state = held.state, None
         if state is None:
             return None
-        common = 0
-        if held.point == point:
-            for mine, theirs in zip(held.tokens[: state.length], tokens[:limit], strict=False):
-                if mine != theirs:
-                    break
-                common += 1
+        origin, held.origin = held.origin, Origin()
+        common = _common(held.tokens[: state.length], tokens[: min(limit, origin.within(points))])
         state.truncate(common)
-        return state if common else None
+        origin.cut(common)
+        return (state, origin) if common else None
 
-    def give(self, session: int | None, job_id: int, point: str, tokens: Sequence[int], state: PagedState) -> bool:
+    def peek(self, session: int, points: Collection[str], tokens: Sequence[int], limit: int) -> int:
+        """How many tokens `take` would hand over; 0 for a session that is not there."""
+        held = self._sessions.get(session)
+        if held is None or held.state is None:
+            return 0
+        return _common(held.tokens[: held.state.length], tokens[: min(limit, held.origin.within(points))])
+
+    def give(self, session: int | None, job_id: int, tokens: Sequence[int], state: PagedState, origin: Origin) -> bool:
         """Leave a computed sequence with the session of the request. False if that is gone: the caller keeps it."""
         held = self._of(session, job_id)
         if session is None or held is None:
             return False
-        held.tokens, held.state, held.point = list(tokens[: state.length]), state, point
+        origin.cut(state.length)
+        held.tokens, held.state, held.origin = list(tokens[: state.length]), state, origin
         self._sessions[session] = self._sessions.pop(session)
         return True
 
@@ -100,3 +109,11 @@ class HeldSequences:
     def _of(self, session: int | None, job_id: int) -> _Held | None:
         held = None if session is None else self._sessions.get(session)
         return held if held is not None and held.job_id == job_id else None
+
+
+def _common(mine: Sequence[int], theirs: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    for index, (left, right) in enumerate(zip(mine, theirs, strict=False)):
+        if left != right:
+            return index
+    return min(len(mine), len(theirs))

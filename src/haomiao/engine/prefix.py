@@ -3,17 +3,19 @@
 The name of block `i` is BLAKE2b-256 over the name of block `i - 1` and the block's token ids; the chain begins with the
 model, the operating point, the KV type and the caller's salt. A collision would hand one user's past to another, so the
 hash is a cryptographic one. K and V depend on the point at which they were computed, so the point itself is hashed,
-not its family, and a block is published only while its whole past was computed at that one point.
+not its family, and a block is published only while its whole past was computed at that one point: after the throttle
+moved, nothing of the answer is.
 Knows block pools and token ids; nothing about requests.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from haomiao.engine.origin import Origin
 from haomiao.engine.state import BlockPool, PagedState
 from haomiao.types import KV_BLOCK_TOKENS
 
@@ -69,3 +71,46 @@ class PrefixChain:
     def restart(self) -> None:
         """The sequence lost its state and computes it anew: everything may be published again."""
         self._published = 0
+
+
+class PrefixNames:
+    """The chains of one sequence, one for every point at which it may begin; made when they are asked for."""
+
+    __slots__ = ("_chains", "_make")
+
+    def __init__(self, make: Callable[[str], PrefixChain]) -> None:
+        self._make = make
+        self._chains: dict[str, PrefixChain] = {}
+
+    def lookup(
+        self, pool: BlockPool, tokens: Sequence[int], limit: int, points: Sequence[str]
+    ) -> tuple[str, list[int]]:
+        """The longest cached prefix at any of `points`, and its point; of equal ones the first."""
+        best: tuple[str, list[int]] = (points[0], [])
+        for point in points:
+            found = self._of(point).lookup(pool, tokens, limit)
+            if len(found) > len(best[1]):
+                best = point, found
+        return best
+
+    def publish(self, pool: BlockPool, tokens: Sequence[int], state: PagedState, origin: Origin) -> None:
+        """Name the full blocks of `state` if all of it was computed at one point."""
+        if origin.point is not None:
+            self._of(origin.point).publish(pool, tokens, state)
+
+    def fork(self) -> PrefixNames:
+        """A copy for a sequence that shares the present past."""
+        twin = PrefixNames(self._make)
+        twin._chains = {point: chain.fork() for point, chain in self._chains.items()}
+        return twin
+
+    def restart(self) -> None:
+        """The sequence lost its state and computes it anew: everything may be published again."""
+        for chain in self._chains.values():
+            chain.restart()
+
+    def _of(self, point: str) -> PrefixChain:
+        chain = self._chains.get(point)
+        if chain is None:
+            chain = self._chains[point] = self._make(point)
+        return chain

@@ -9,19 +9,27 @@ import logging
 from collections.abc import Callable, Sequence
 
 from haomiao.engine.account import Letterhead, make_receipt
-from haomiao.engine.request import FINISH_REASONS, DoneEvent, Event, TokenEvent
+from haomiao.engine.request import FINISH_REASONS, DoneEvent, Event, FinishDetail, TokenEvent
 from haomiao.engine.roster import Roster
 from haomiao.engine.sequence import Generation, Job, Progress, Reading
 from haomiao.engine.sequence import Sequence as Live
 from haomiao.errors import EngineError, HaomiaoError, KvExhaustedError
-from haomiao.types import Observer, StepBatch, StepResult
+from haomiao.types import Observer, Receipt, StepBatch, StepResult
 
 
 class Reporter:
     """Collects the events of one step; receipts go to the observers too."""
 
-    def __init__(self, roster: Roster, letterhead: Letterhead, observers: Sequence[Observer]) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        letterhead: Letterhead,
+        observers: Sequence[Observer],
+        ended: Callable[[Job, Live, int, FinishDetail], None] | None = None,
+    ) -> None:
+        """`ended` is told of every answer that ended without an error."""
         self._roster = roster
+        self._ended = ended
         self._letterhead = letterhead
         self._observers = tuple(observers)
         self._events: list[Event] = []
@@ -31,27 +39,30 @@ class Reporter:
         events, self._events = self._events, []
         return events
 
-    def tell(self, sequence: Live, progress: Progress, now: int) -> None:
-        """Turn a sequence's progress into events, and let it go if it ended."""
+    def tell(self, sequence: Live, progress: Progress, now: int) -> Receipt | None:
+        """Turn a sequence's progress into events, and let it go if it ended: then its receipt is returned."""
         job, detail = sequence.job, progress.detail
         if progress.token_ids or progress.text:
             if sequence.first_token_ns is None:
                 sequence.first_token_ns = now
             logprobs = None if job.request.sampling.logprobs is None else progress.logprobs
             self._events.append(
-                TokenEvent(job.id, sequence.sample, progress.token_ids, progress.text, logprobs, job.point)
+                TokenEvent(job.id, sequence.sample, progress.token_ids, progress.text, logprobs, sequence.point)
             )
         if detail is None:
-            return
+            return None
         self._roster.leave(sequence)
         generated = isinstance(sequence, Generation)
         if not generated and job.open:
-            return  # a choice ends with its last option
+            return None  # a choice ends with its last option
+        if self._ended is not None:
+            self._ended(job, sequence, now, detail)
+        receipt = make_receipt(self._letterhead, job, sequence, now, detail=detail)
         self._finish(
             DoneEvent(
                 job.id,
                 sequence.sample if generated else 0,
-                make_receipt(self._letterhead, job, sequence, now, detail=detail),
+                receipt,
                 finish_reason=FINISH_REASONS[detail],
                 finish_detail=detail,
                 scores=job.scores if job.request.work == "choose" else None,
@@ -59,6 +70,7 @@ class Reporter:
                 prompt_logprobs=sequence.prompt_logprobs if isinstance(sequence, Generation) else None,
             )
         )
+        return receipt
 
     def fail(self, job: Job, error: Exception, now: int) -> None:
         """End a request with an error: one event for each of its samples that is still open."""
@@ -76,6 +88,11 @@ class Reporter:
         """End a request that never became a sequence."""
         shown = as_error(error)
         self._finish(DoneEvent(job.id, 0, make_receipt(self._letterhead, job, None, now, error=shown), error=shown))
+
+    def refused(self, job: Job, error: HaomiaoError, now: int) -> None:
+        """A request was turned away when it was submitted; its caller knows, the observers do not yet."""
+        receipt = make_receipt(self._letterhead, job, None, now, error=error)
+        self._notify(lambda observer: observer.on_finish(receipt))
 
     def stepped(self, batch: StepBatch, result: StepResult) -> None:
         """Tell the observers of a step."""

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from haomiao.errors import HaomiaoError
-from haomiao.types import F32, FinishReason, Receipt, SamplingParams, StopMatcher, TokenConstraint, TokenLogprob
+from haomiao.types import (
+    F32,
+    FinishReason,
+    Receipt,
+    SamplingParams,
+    SentenceClose,
+    StopMatcher,
+    TokenConstraint,
+    TokenLogprob,
+)
 
 Work: TypeAlias = Literal["generate", "prefill", "choose", "logits"]
 FinishDetail: TypeAlias = Literal[
@@ -64,6 +73,8 @@ class EngineRequest:
     """The least accurate point that this request may run at; None leaves it to the engine."""
     max_kl: float | None = None
     """Greatest mean KL to `full`, nats per token, of a point that this request may run at."""
+    close: SentenceClose | None = None
+    """Where an answer without a grammar may end when its time runs out; None cuts it anywhere."""
     salt: bytes = b""
     """Prefixes are shared only between requests with the same salt."""
     speculate: str | None = None

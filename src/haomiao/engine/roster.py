@@ -7,16 +7,18 @@ Sequences come in by `open` and `enter`, are given room for a step by `make_room
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from haomiao.engine.batch import Share, reusable, rows_wanted, view_of
 from haomiao.engine.held import HeldSequences
-from haomiao.engine.prefix import PrefixChain
+from haomiao.engine.origin import Origin
+from haomiao.engine.prefix import PrefixNames
 from haomiao.engine.scheduler import SequenceView, StepPlan
 from haomiao.engine.sequence import Job, Sequence, open_sequence
 from haomiao.engine.state import BlockPool, PagedState
 from haomiao.errors import KvExhaustedError
+from haomiao.types import KV_BLOCK_TOKENS
 
 
 class Roster:
@@ -25,16 +27,16 @@ class Roster:
     def __init__(
         self,
         pool: BlockPool,
-        make_chain: Callable[[Job], PrefixChain | None],
+        name_blocks: Callable[[Job], PrefixNames | None],
         gone: Callable[[int], None] = lambda key: None,
     ) -> None:
-        """`make_chain` names the prefix blocks of a request; it gives None where none are to be shared. `gone` is told
+        """`name_blocks` names the prefix blocks of a request; it gives None where none are to be shared. `gone` is told
         the key of every sequence that leaves."""
         self.pool = pool
         self.held = HeldSequences()
         self.jobs: dict[int, Job] = {}
         self._active: dict[int, Sequence] = {}
-        self._make_chain = make_chain
+        self._name_blocks = name_blocks
         self._gone = gone
         self._keys = itertools.count(1)
 
@@ -55,10 +57,13 @@ class Roster:
     def open(self, job: Job) -> Sequence:
         """Take a request in. Raises what its sequence or its session refuses; nothing was taken in then."""
         sequence = open_sequence(job)
-        sequence.chain = self._make_chain(job)
+        sequence.names = self._name_blocks(job)
         if job.request.session is not None:  # it goes on from what the session holds
             limit = reusable(sequence)
-            sequence.state = self.held.take(job.request.session, job.id, job.point, sequence.tokens, limit)
+            taken = self.held.take(job.request.session, job.id, job.points, sequence.tokens, limit)
+            if taken is not None:
+                sequence.state, sequence.origin = taken
+                sequence.reused()
             job.cached_tokens = sequence.length
         self.jobs[job.id] = job
         self.enter(sequence)
@@ -68,7 +73,9 @@ class Roster:
         """Take a sequence in; one that branched off shares its past's KV."""
         if past is not None and past.state is not None:
             sequence.state = past.state.fork()
-            sequence.chain = None if past.chain is None else past.chain.fork()
+            sequence.names = None if past.names is None else past.names.fork()
+            sequence.origin = past.origin.fork()
+            sequence.point = past.point
             sequence.last_served_ns = past.last_served_ns
             sequence.schedule = [replace(entry) for entry in past.schedule]
         sequence.key = next(self._keys)
@@ -87,7 +94,9 @@ class Roster:
         sequence.state = None
         job.open -= 1
         if state is not None:
-            kept = sequence.leaves_kv and self.held.give(job.request.session, job.id, job.point, sequence.tokens, state)
+            kept = sequence.leaves_kv and self.held.give(
+                job.request.session, job.id, sequence.tokens, state, sequence.origin
+            )
             if not kept:
                 state.release()
         if not job.open:
@@ -104,9 +113,23 @@ class Roster:
 
     # ---- KV -------------------------------------------------------------------------------------------------------
 
-    def view(self, sequence: Sequence) -> SequenceView:
-        """What the scheduler sees of it."""
-        return view_of(sequence, self.pool, self._find_prefix(sequence) if sequence.state is None else [])
+    def view(self, sequence: Sequence, point: str, waits: bool = False) -> SequenceView:
+        """What the scheduler sees of it if it runs at `point` now, or `waits`."""
+        found = self._find_prefix(sequence, point)[1] if sequence.state is None else []
+        return view_of(sequence, self.pool, found, point, waits)
+
+    def cached(self, job: Job) -> int:
+        """Tokens of a request's prompt that need not be computed, as things are. May be asked from any thread."""
+        request = job.request
+        limit = 0 if request.work == "logits" or request.prompt_logprobs is not None else len(request.prompt_ids) - 1
+        held = 0
+        if request.session is not None:
+            held = self.held.peek(request.session, job.points, request.prompt_ids, limit)
+        names = self._name_blocks(job)
+        if names is None:
+            return held
+        found = names.lookup(self.pool, request.prompt_ids, limit, job.points[:1])[1]
+        return max(held, len(found) * KV_BLOCK_TOKENS)
 
     def make_room(self, step_plan: StepPlan, now: int) -> list[Share]:
         """Make room for the tokens of the step. A sequence for which there is none after all waits for the next plan:
@@ -114,7 +137,11 @@ class Roster:
         planned = [(self._active[span.key], span.tokens) for span in step_plan.spans]
         for sequence, _ in planned:  # prefixes are held before anything is allocated, which could evict them
             if sequence.state is None:
-                sequence.state = PagedState(self.pool, self._find_prefix(sequence))
+                point, found = self._find_prefix(sequence, step_plan.point)
+                sequence.state = PagedState(self.pool, found)
+                sequence.origin = Origin()
+                sequence.origin.add(point, sequence.length)
+                sequence.reused()
                 if sequence.job.started_ns is None:
                     sequence.job.cached_tokens = sequence.length
         shares: list[Share] = []
@@ -134,8 +161,8 @@ class Roster:
 
     def publish(self, sequence: Sequence) -> None:
         """Let others find the sequence's full blocks, all of whose tokens must be its own."""
-        if sequence.chain is not None and sequence.state is not None:
-            sequence.chain.publish(self.pool, sequence.tokens, sequence.state)
+        if sequence.names is not None and sequence.state is not None:
+            sequence.names.publish(self.pool, sequence.tokens, sequence.state, sequence.origin)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a sequence's KV away; it is computed again when its turn comes."""
@@ -143,18 +170,21 @@ class Roster:
         if sequence.state is not None:
             sequence.state.release()
             sequence.state = None
-        if sequence.chain is not None:
-            sequence.chain.restart()
+        sequence.origin = Origin()
+        if sequence.names is not None:
+            sequence.names.restart()
 
     def states(self) -> list[PagedState]:
         """The KV of all live sequences."""
         return [sequence.state for sequence in self._active.values() if sequence.state is not None]
 
-    def check_integrity(self) -> None:
-        """Raise `EngineError` if a KV block is lost, held twice or free while held."""
-        self.pool.check_integrity([*self.states(), *self.held.states()])
+    def check_integrity(self, others: Iterable[PagedState] = ()) -> None:
+        """Raise `EngineError` if a KV block is lost, held twice or free while held. `others` hold blocks too."""
+        self.pool.check_integrity([*self.states(), *self.held.states(), *others])
 
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        if sequence.chain is None:
-            return []
-        return sequence.chain.lookup(self.pool, sequence.tokens, reusable(sequence))
+    def _find_prefix(self, sequence: Sequence, point: str) -> tuple[str, list[int]]:
+        """Blocks that it may start from, and the point at which they were computed: its own, or where it runs now."""
+        if sequence.names is None:
+            return point, []
+        points = dict.fromkeys((sequence.job.point, point))
+        return sequence.names.lookup(self.pool, sequence.tokens, reusable(sequence), tuple(points))

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from haomiao.engine.cost import CostModel, StepShape
+from haomiao.engine.cost import Cost, StepShape
 from haomiao.engine.state import blocks_for
 from haomiao.types import KV_BLOCK_TOKENS
 
 PATIENCE_NS = 250_000_000
 """How long a sequence may go without a step before it is let in first: the floor of requests without a budget."""
+FLOOR_TOKENS = 32
+"""Prefill tokens that the floor gives while those with a budget need the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class SequenceView:
     """Its last block must be copied before it is written."""
     rows_from: int | None = None
     """Logits are wanted for every position from here on; None: for the last pending token only."""
+    waits: bool = False
+    """It has no budget and others need the time: it gets the floor and nothing else."""
 
     def blocks_needed(self, tokens: int) -> int:
         """Blocks taken from the pool if `tokens` of its tokens are computed."""
@@ -70,6 +74,8 @@ class SchedulerState:
     max_step_tokens: int
     max_step_rows: int
     max_step_sequences: int
+    chunk_tokens: int | None = None
+    """Prefill tokens in one step, at most, so that what comes next need not wait long; None: as many as fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +97,14 @@ class StepPlan:
     blocked: bool = False
 
 
-def plan(now: int, state: SchedulerState, cost: CostModel | None = None) -> StepPlan:
+def plan(now: int, state: SchedulerState, cost: Cost | None = None) -> StepPlan:
     """The next step. `now` is in nanoseconds, of the clock that the views' times are of."""
     if not state.sequences:
         return StepPlan()
     ranked = sorted(state.sequences, key=urgency)
     blocked = False
     for point in _points_in_turn(now, ranked):
-        step = _Step(state, ranked, point, cost)
+        step = _Step(now, state, ranked, point, cost)
         for view in _serving_order(now, ranked, point):
             step.serve(view)
         if step.spans:
@@ -128,21 +134,23 @@ def _points_in_turn(now: int, ranked: list[SequenceView]) -> list[str]:
     deadlines = [view for view in ranked if view.deadline_ns is not None]
     rest = sorted((view for view in ranked if view.deadline_ns is None), key=lambda view: view.last_served_ns)
     for view in (*starved, *deadlines, *rest):
-        if view.point not in order:
+        if view.point not in order and not (view.waits and not _starved(now, view)):
             order.append(view.point)
     return order
 
 
 def _serving_order(now: int, ranked: list[SequenceView], point: str) -> list[SequenceView]:
     """Starved ones, then those that decode, then those that prefill; inside each by urgency."""
-    here = [view for view in ranked if view.point == point]
+    here = [view for view in ranked if view.point == point and (not view.waits or _starved(now, view))]
     return sorted(here, key=lambda view: 0 if _starved(now, view) else 1 if view.decoding else 2)
 
 
 class _Step:
     """A step being put together."""
 
-    def __init__(self, state: SchedulerState, ranked: list[SequenceView], point: str, cost: CostModel | None) -> None:
+    def __init__(
+        self, now: int, state: SchedulerState, ranked: list[SequenceView], point: str, cost: Cost | None
+    ) -> None:
         self.preempted: list[int] = []
         self.blocked = False
         self._ranked = ranked
@@ -154,8 +162,12 @@ class _Step:
         self._sequences = state.max_step_sequences
         self._free = state.free_blocks
         self._served: dict[int, tuple[SequenceView, int]] = {}
-        budgets = [view.itl_ns for view in ranked if view.decoding and view.point == point and view.itl_ns is not None]
-        self._itl = min(budgets, default=None)
+        self._chunk = state.chunk_tokens if state.chunk_tokens is not None else state.max_step_tokens
+        here = [view for view in ranked if view.decoding and view.point == point]
+        limits = [view.itl_ns for view in here if view.itl_ns is not None]
+        limits += [view.deadline_ns - now for view in here if view.deadline_ns is not None and view.deadline_ns > now]
+        self._limit = min(limits, default=None)
+        """Nanoseconds that the step may take: the tightest inter-token budget, or time left, of what decodes."""
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -172,7 +184,8 @@ class _Step:
         if view.rows(tokens) > self._rows:  # rows grow by at most one with every token
             tokens -= view.rows(tokens) - self._rows
         if not view.decoding:
-            tokens = self._within_itl(view, tokens)
+            tokens = min(tokens, self._chunk if not view.waits else min(self._chunk, FLOOR_TOKENS))
+            tokens = self._within_limit(view, tokens)
         if tokens <= 0:
             return
         tokens = self._make_room(view, tokens)
@@ -188,6 +201,8 @@ class _Step:
         self._tokens -= sign * tokens
         self._rows -= sign * view.rows(tokens)
         self._sequences -= sign
+        if not view.decoding:
+            self._chunk -= sign * tokens
 
     def _make_room(self, view: SequenceView, tokens: int) -> int:
         """Tokens for which there is KV, after taking it from the less urgent if need be."""
@@ -220,9 +235,9 @@ class _Step:
                     return victims
         return None
 
-    def _within_itl(self, view: SequenceView, tokens: int) -> int:
-        """Prefill tokens that keep the step inside the tightest inter-token budget; at least 1, so that it ends."""
-        if self._cost is None or self._itl is None or tokens <= 1:
+    def _within_limit(self, view: SequenceView, tokens: int) -> int:
+        """Prefill tokens that keep the step inside what those that decode leave it; at least 1, so that it ends."""
+        if self._cost is None or self._limit is None or tokens <= 1:
             return tokens
 
         served = self._served.values()
@@ -230,11 +245,16 @@ class _Step:
         prefill = sum(count for other, count in served if not other.decoding)
         context = sum(_context(other, count) for other, count in served)
         rows = sum(other.rows(count) for other, count in served)
-        model, limit = self._cost, self._itl
+        model, limit = self._cost, self._limit
 
         def fits(count: int) -> bool:
             shape = StepShape(
-                self._point, decode, prefill + count, context + _context(view, count), rows + view.rows(count)
+                self._point,
+                decode,
+                prefill + count,
+                context + _context(view, count),
+                rows + view.rows(count),
+                len(self._served) + 1,
             )
             bound = model.bound(shape)
             return bound is None or bound <= limit

@@ -15,7 +15,8 @@ import numpy as np
 
 from haomiao.engine import masks
 from haomiao.engine.logprobs import any_logprob, log_softmax_at, token_logprob
-from haomiao.engine.prefix import PrefixChain
+from haomiao.engine.origin import Origin
+from haomiao.engine.prefix import PrefixNames
 from haomiao.engine.request import EngineRequest, FinishDetail
 from haomiao.engine.sampler import Sampler
 from haomiao.engine.state import PagedState
@@ -24,6 +25,8 @@ from haomiao.types import F32, I32, U32, ScheduleEntry, StopMatcher, TokenConstr
 
 NO_ROWS = 1 << 62
 """A position that is never reached."""
+SENTENCE_TOKENS = 24
+"""Tokens that are looked at to see whether a sentence ended."""
 
 
 @dataclass(slots=True)
@@ -32,7 +35,8 @@ class Job:
 
     id: int
     request: EngineRequest
-    point: str
+    points: tuple[str, ...]
+    """Points it may run at, the most accurate first."""
     arrival_ns: int
     seed: int
     eos_ids: tuple[int, ...]
@@ -43,6 +47,28 @@ class Job:
     """Sequences not yet ended."""
     scores: list[float] = field(default_factory=list)
     """One per option of a choice."""
+    top: int = 0
+    """Index of `points[0]` in the engine's ladder; `bottom` is that of the last one."""
+    bottom: int = 0
+    least: int = 1
+    """Tokens without which the answer is not worth having."""
+    expected: int = 1
+    """Tokens that answers like it turn out to have, at most."""
+    promised_ns: int | None = None
+    """The bound on its end that was stated when it was admitted."""
+    forecast_ns: int | None = None
+    """The expectation under that bound, and below it the time from which it counts."""
+    admitted_ns: int = 0
+
+    @property
+    def point(self) -> str:
+        """The most accurate point it may run at: its own."""
+        return self.points[0]
+
+    @property
+    def budgeted(self) -> bool:
+        """It has a deadline."""
+        return self.request.deadline_ns is not None or self.request.ttft_deadline_ns is not None
 
 
 @dataclass(slots=True)
@@ -83,7 +109,9 @@ class Sequence:
         self.tokens = tokens
         self.prompt_length = len(tokens)
         self.state: PagedState | None = None
-        self.chain: PrefixChain | None = None
+        self.names: PrefixNames | None = None
+        self.origin = Origin()
+        self.point = job.point
         self.last_served_ns = job.arrival_ns
         self.first_token_ns: int | None = None
         self.schedule: list[ScheduleEntry] = []
@@ -94,6 +122,8 @@ class Sequence:
         not stand are cut off again (engine/speculate)."""
         self.drafted = 0
         self.accepted = 0
+        self.step_kls: list[float] = []
+        """What the monitor found, nats."""
 
     @property
     def kv(self) -> PagedState:
@@ -145,8 +175,20 @@ class Sequence:
         """End with what there is because time is up; None if there is nothing worth having."""
         return None
 
+    def hasten(self, tokens: int) -> None:
+        """There is time for about so many tokens of the answer: look for its end."""
+
+    def reused(self) -> None:
+        """Note in the schedule what its KV was computed at, where that is not the point of the request."""
+        for point, tokens in self.origin:
+            if point != self.job.point:
+                self.schedule.append(ScheduleEntry(point, 0, tokens))
+
     def account(self, point: str, tokens: int) -> None:
-        """Note one step at `point` in the schedule."""
+        """Note one step at `point`, which computed the last `tokens` of the KV."""
+        self.point = point
+        self.origin.cut(self.length - tokens)
+        self.origin.add(point, tokens)
         if self.schedule and self.schedule[-1].point == point:
             self.schedule[-1].steps += 1
             self.schedule[-1].tokens += tokens
@@ -236,11 +278,22 @@ class Generation(Sequence):
         self._mask: U32 | None = None  # what may come next, once it was asked for
         self._stop: StopMatcher | None = request.stop() if request.stop else None
         self._unforked = params.n - 1
+        self._left: int | None = None  # tokens that there is time for, once that is short
         self.prompt_logprobs: list[TokenLogprob] = []
         self.rows_from = 0 if request.prompt_logprobs is not None and self.prompt_length > 1 else None
 
     @property
+    def samples(self) -> int:
+        """Samples that this sequence stands for: those that branch off later included."""
+        return 1 + self._unforked
+
+    def hasten(self, tokens: int) -> None:
+        self._left = tokens
+
+    @property
     def argmax_suffices(self) -> bool:
+        if self._left is not None and self._left <= 1 + len(self.draft):
+            return False  # the last token is chosen among those that end a sentence
         return self.rows_from is None and self._constraint is None and self._sampler.argmax_suffices(self.produced)
 
     def branches(self) -> list[Sequence]:
@@ -301,6 +354,7 @@ class Generation(Sequence):
         twin._mask = None
         twin._stop = self.job.request.stop() if text and self.job.request.stop else None
         twin._unforked = 0
+        twin._left = None
         twin.prompt_logprobs = self.prompt_logprobs
         return twin
 
@@ -332,7 +386,8 @@ class Generation(Sequence):
 
     def _choose(self, logits: F32, argmax: int, progress: Progress) -> None:
         """Choose the next token; take what the grammar forces after it along, since that needs no logits."""
-        mask = self._allowed()
+        before = self.produced
+        mask = self._last_words() if self._constraint is None else self._allowed()
         token_id, logprob = self._sampler.choose(
             logits, argmax, position=len(self.tokens), produced=self.produced, mask=mask
         )
@@ -343,6 +398,25 @@ class Generation(Sequence):
             if forced is None:
                 break
             self._take(forced, None, progress)
+        if self._left is not None and progress.detail is None:
+            self._end_sentence(self.produced - before, progress)
+
+    def _last_words(self) -> U32 | None:
+        """What may come next if there is time for one token more and nothing has ended yet: the end of a sentence."""
+        close = self.job.request.close
+        if close is None or self._left is None or self._left > 1:
+            return None
+        ends = () if self.job.request.sampling.ignore_eos else self.job.eos_ids
+        mask = masks.with_tokens(close.mask(), ends, True, self.job.vocab_size)
+        return None if masks.is_empty(mask) else mask
+
+    def _end_sentence(self, taken: int, progress: Progress) -> None:
+        """`taken` tokens fewer are left: end where a sentence does, or where time does."""
+        self._left = (self._left or 1) - taken
+        close = self.job.request.close if self._constraint is None else None
+        said = self.tokens[max(self.prompt_length, len(self.tokens) - SENTENCE_TOKENS) :]
+        if (close is not None and close.is_complete(said)) or (self._left <= 0 and self._constraint is None):
+            self._finish("budget_exhausted", progress)
 
     def _allowed(self) -> U32 | None:
         """What the grammar allows next, the end-of-sequence tokens where it may end; None without a grammar."""

@@ -44,7 +44,8 @@ def coded(queries: Array) -> F32:
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         factor = np.float32(16383) / greatest
         codes = np.where(np.isfinite(factor), np.rint(q * factor), np.float32(0))
-        return (codes * (greatest / np.float32(16383))).astype(np.float32)
+        found: F32 = (codes * (greatest / np.float32(16383))).astype(np.float32)
+    return found
 
 
 def attend(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from haomiao.measure.accuracy import AgreementResult, PerplexityResult
 from haomiao.measure.latency import LatencyResult
 from haomiao.metrics.ceilings import Ceilings
+from haomiao.metrics.statistics import Interval
 
 
 def bench_report(
@@ -82,20 +84,52 @@ def bench_lines(report: dict[str, Any]) -> str:
     return "\n".join(f"{name:<8}  {text}" for name, text in rows)
 
 
-def accuracy_lines(report: dict[str, Any]) -> str:
-    """The report for a person."""
+def point_report(result: PerplexityResult | AgreementResult) -> dict[str, Any]:
+    """What `haomiao eval --json` says of a point. `_pm` is half the width of the 95 % interval; null: not measured."""
+    agreement = result if isinstance(result, AgreementResult) else None
+    perplexity = (agreement.candidate if agreement else result).perplexity  # type: ignore[union-attr]
+    return {
+        "perplexity": perplexity.estimate,
+        "perplexity_pm": half_width(perplexity),
+        "kl_mean": agreement.kl.estimate if agreement else None,
+        "kl_pm": half_width(agreement.kl) if agreement else None,
+        "kl_median": agreement.kl_median if agreement else None,
+        "kl_p99": agreement.kl_p99 if agreement else None,
+        "top1": agreement.top1.estimate if agreement else None,
+        "top1_pm": half_width(agreement.top1) if agreement else None,
+    }
 
-    def show(interval: dict[str, Any], form: str) -> str:
-        return f"{interval['estimate']:{form}} [{interval['low']:{form}}, {interval['high']:{form}}]"
 
-    out = [f"{report['model']} at {report['point']} on {report['text']}: {report['tokens']} tokens"]
-    if "kl" in report:
-        out += [
-            f"  KL from {report['against']}     {show(report['kl'], '.5f')} nats/token",
-            f"  top-1 agreement  {show(report['top1'], '.4f')}",
-            f"  perplexity       {show(report['candidate']['perplexity'], '.3f')}",
-            f"  at {report['against']:<13} {show(report['reference']['perplexity'], '.3f')}",
-        ]
-    else:
-        out.append(f"  perplexity  {show(report['perplexity'], '.3f')}  ({show(report['nll'], '.4f')} nats/token)")
-    return "\n".join(out)
+def half_width(interval: Interval) -> float:
+    """The `pm` of `estimate ± pm`."""
+    return (interval.high - interval.low) / 2
+
+
+ACCURACY_COLUMNS = ("point", "perplexity", "KL mean", "median", "p99", "top-1", "ms/token", "MB/token", "task")
+
+
+def accuracy_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table of `haomiao eval`, one row a point; `-` for what was not measured."""
+
+    def show(value: float | None, form: str, pm: float | None = None) -> str:
+        if value is None:
+            return "-"
+        return f"{value:{form}}" + ("" if pm is None else f" ± {pm:{form}}")
+
+    rows: list[tuple[str, ...]] = []
+    for name, figures in report["points"].items():
+        task = figures.get("task") or {}
+        rows.append(
+            (
+                name,
+                show(figures.get("perplexity"), ".3f", figures.get("perplexity_pm")),
+                show(figures.get("kl_mean"), ".5f", figures.get("kl_pm")),
+                show(figures.get("kl_median"), ".5f"),
+                show(figures.get("kl_p99"), ".4f"),
+                show(figures.get("top1"), ".4f", figures.get("top1_pm")),
+                show(figures.get("ms_per_token"), ".2f"),
+                show(None if figures.get("bytes") is None else figures["bytes"] / 1e6, ".1f"),
+                show(task.get("accuracy"), ".3f", task.get("accuracy_pm")),
+            )
+        )
+    return rows

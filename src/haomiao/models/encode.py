@@ -104,18 +104,18 @@ class Encoder:
             return packed
         self.rounded += 1
         if spec.role == "embedding":
-            return quantize_int8(self._weights(spec), self.group)
+            return quantize_int8(self.weights(spec), self.group)
         # the head keeps both planes at every point (types.Point.head)
-        return quantize_planes(self._weights(spec), self.group, self.lo_shift, self.with_lo or spec.role == "head")
+        return quantize_planes(self.weights(spec), self.group, self.lo_shift, self.with_lo or spec.role == "head")
 
     def _floats(self, spec: WeightSpec) -> PackedTensor:
         stored_bf16 = all(self.source.dtype(self.names[name]) == "bf16" for name in spec.sources)
         if stored_bf16 or (self.scheme == "bf16" and spec.name not in FLOAT_TABLES):
             self.exact += stored_bf16
             self.rounded += not stored_bf16
-            return pack_bf16(self._weights(spec))
+            return pack_bf16(self.weights(spec))
         self.exact += 1
-        return pack_f32(self._weights(spec))
+        return pack_f32(self.weights(spec))
 
     def _image(self, spec: WeightSpec, found: Sequence[QuantizedTensor]) -> PackedTensor | None:
         """The checkpoint's codes, all sources having some; None if the scheme or the layout cannot hold them."""
@@ -174,7 +174,7 @@ class Encoder:
     def _read(self, name: str) -> F32:
         return self.source.read(self.names[name])
 
-    def _weights(self, spec: WeightSpec) -> F32:
+    def weights(self, spec: WeightSpec) -> F32:
         """The matrix as float32 [rows, cols]."""
 
         def parts() -> Iterable[F32]:

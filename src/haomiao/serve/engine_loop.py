@@ -38,6 +38,7 @@ from haomiao.serve.messages import (
 from haomiao.types import KV_BLOCK_TOKENS, TokenConstraint
 
 WARM_UP_TOKENS = 64
+GAUGE_SECONDS = 15.0
 IDLE_SECONDS = 0.0005
 """A pause after a round in which nothing could be done although something waits."""
 
@@ -63,6 +64,9 @@ class EngineLoop:
         self._llm = LLM(opening.model, progress=self._progress, **opening.options)
         self.engine: Engine = self._llm.engine
         self._wake = threading.Event()
+        self._llm.monitor.on_waiting = self._wake.set  # what can wait is done by `run`, between requests
+        self._gauges: dict[str, float] = {}
+        self._gauged = 0.0
         self._later: deque[messages.Message] = deque()
         self._jobs: dict[int, _Told] = {}  # by the engine's id
         self._ids: dict[int, int] = {}  # id of the message -> engine's id
@@ -113,7 +117,6 @@ class EngineLoop:
         """Counters as they are now."""
         pool = self.engine.pool
         running, waiting = self.engine.load
-        gauges = getattr(self.engine, "gauges", None)
         return Stats(
             steps=self._steps,
             busy=self.engine.busy,
@@ -122,7 +125,7 @@ class EngineLoop:
             kv_blocks=pool.blocks,
             kv_free=pool.available,
             kv_cached=pool.cached,
-            gauges=dict(gauges()) if callable(gauges) else {},
+            gauges=dict(self._gauges),
         )
 
     # ---- on the stepping thread -----------------------------------------------------------------------------------
@@ -136,7 +139,9 @@ class EngineLoop:
                 if self.on_feed is not None:
                     self.on_feed(message)
             if not self.engine.busy:
-                self._wake.wait()
+                self._look()
+                if not self.engine.idle():
+                    self._wake.wait()
                 continue
             start = time.perf_counter()
             events = self.engine.step()
@@ -164,6 +169,20 @@ class EngineLoop:
                         del self._jobs[event.request_id]
                         self._ids.pop(told.id, None)
         self._send(*said)
+
+    def _look(self) -> None:
+        """Figures that are not free to make, now and then: coverage of predicted steps, the monitor's live error."""
+        now = time.monotonic()
+        if now - self._gauged < GAUGE_SECONDS:
+            return
+        counters = self._llm.cost.counters()
+        found = {"predicted_steps": float(counters["steps"]), "predicted_steps_inside": float(counters["inside"])}
+        seen = self._llm.monitor.as_dict()
+        for kind in ("step_kl", "replay_kl"):
+            for point, figures in seen[kind].items():
+                found[f"live_{kind}_{point}"] = float(figures["kl"]["estimate"])
+                found[f"live_{kind}_{point}_samples"] = float(figures["samples"])
+        self._gauges, self._gauged = found, time.monotonic()
 
     def close(self) -> None:
         """End `run` and give everything back."""
@@ -248,10 +267,12 @@ class EngineLoop:
         )
 
     def _warm_up(self) -> tuple[int, float]:
-        """Run every point once, so that no request pays for what happens the first time, and prepare constraints.
+        """Measure what steps cost here (read, if that was done before), since budgets stand on it; run every point
+        once, so that no request pays for what happens the first time, and prepare constraints.
         Returns the tokens of the longest step and its seconds at the slowest point."""
         tokens = max(1, min(WARM_UP_TOKENS, self._llm.max_context - 1, self.engine.executor.max_step_tokens))
         slowest = 0.0
+        self._llm.calibrate()
         for point in self._llm.points:
             request = EngineRequest([0] * tokens, work="prefill", point=point, salt=b"warm-up")
             start = time.perf_counter()

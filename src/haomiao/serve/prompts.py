@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from haomiao.api.requests import shared_beginning
 from haomiao.errors import ContextLengthError, HaomiaoError, InputError, ModelNotFoundError, NotReadyError
 from haomiao.serve.messages import Hello
 from haomiao.serve.schemas import ChatMessage, Tool
@@ -153,6 +152,8 @@ class Prompts:
         self, whole: Callable[[str], list[int]], choices: Sequence[str]
     ) -> tuple[list[int], list[list[int]]]:
         """Prompt and options of a choice; `whole` gives the ids of the prompt with a text behind it, on a thread."""
+        from haomiao.api.requests import shared_beginning
+
         prompt, tails = await self.run(lambda: shared_beginning(whole(""), [whole(choice) for choice in choices]))
         return prompt, [list(tail) for tail in tails]
 

@@ -94,4 +94,5 @@ def _batch(tracks: Sequence[Track], point: str) -> StepBatch:
         tables,
         span_starts[1:] - 1,
         point,
+        np.array([track.shadow.argmax_suffices for track in tracks], np.bool_),
     )

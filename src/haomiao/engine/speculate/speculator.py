@@ -24,7 +24,7 @@ from haomiao.types import KV_BLOCK_TOKENS
 
 MOST_DRAFTED = 8
 """Tokens drafted for one sequence in one step, at most."""
-PLAIN_EVERY = 64
+PLAIN_EVERY = 32
 """A plain step is taken now and then, so that what a draft is compared with stays known."""
 LOOK_AGAIN_EVERY = 256
 """After so many steps in which drafts were to be had and none seemed worth it, a few tokens are drafted all the same:
@@ -93,7 +93,7 @@ class Speculator:
         decoding: dict[str, list[Generation]] = {}
         for sequence in everyone:
             if isinstance(sequence, Generation) and _decodes(sequence):
-                decoding.setdefault(sequence.job.point, []).append(sequence)
+                decoding.setdefault(sequence.point, []).append(sequence)
         if not self.allowance.open or self._in_a_row >= PLAIN_EVERY - 1:
             self._in_a_row = 0
             return
@@ -125,7 +125,7 @@ class Speculator:
             pending,
             lambda tokens: self.costs.predict(point, tokens) or 1.0,
             lambda width: self._round_ns(rounds, point, width),
-            spare=(max_step_tokens - pending) // 2,
+            spare=min((max_step_tokens - pending) // 2, 2 * max(self.costs.widest(point), pending) - pending),
             limit_ns=limit,
             alone=len(candidates) == everyone,
         )

@@ -1,0 +1,1 @@
+"""Export: one solution, written for other engines without another rounding."""

@@ -1,0 +1,1 @@
+"""Quantization: grids and scales, GPTQ with nested planes, scaling and rotation folded into neighbours."""

@@ -1,0 +1,181 @@
+"""What a run has done so far, on disk: `OUT.partial`, from which a killed run goes on and ends with the same bytes.
+
+One file for every finished stage, complete under its name or absent: the matrices it solved, vectors that it changed,
+and its line of the log. Later stages win over earlier ones. Knows no mathematics and no models.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from haomiao.compress.calibrate import disk_errors
+from haomiao.errors import InputError, ModelError
+from haomiao.kernels.packed import ENCODINGS, PackedTensor, tile_bytes
+from haomiao.load.jsonfile import parse_object
+from haomiao.load.safetensors import SafetensorsFile
+from haomiao.types import F32
+
+RUN_FILE = "run.json"
+LOCK_FILE = "lock"
+
+
+class Workspace:
+    """The folder of one run. `identity` is everything that decides the result; another run's folder is refused
+    (`InputError`) unless `restart` discards it. Held by one process at a time; a context manager."""
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], *, restart: bool = False) -> None:
+        self.folder = out.absolute().with_name(f"{out.absolute().name}.partial")
+        self.resumed = False
+        with disk_errors(self.folder / LOCK_FILE):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise InputError(f"{self.folder} is in use: another process is compressing into {out}") from None
+        try:
+            self._claim(json.dumps(identity, sort_keys=True), restart)
+            self._stages: dict[str, _Stage] = {}
+            for path in sorted(self.folder.glob("*.stage")):
+                self._stages[path.stem] = _Stage(path)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _claim(self, text: str, restart: bool) -> None:
+        path = self.folder / RUN_FILE
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            if not restart and any(self.folder.glob("*.stage")):
+                raise InputError(
+                    f"{self.folder} holds another run (other model, recipe or text); --restart discards it",
+                    code="other_run",
+                )
+            self._clear()
+        elif path.exists() and restart:
+            self._clear()
+        self.resumed = path.exists()
+        with disk_errors(path):
+            part = path.with_suffix(".part")
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name != LOCK_FILE:
+                path.unlink()
+
+    # ---- stages
+
+    def done(self, stage: str) -> bool:
+        """True if the stage is finished."""
+        return stage in self._stages
+
+    def log(self, stage: str) -> dict[str, Any]:
+        """What a finished stage said of itself."""
+        log: dict[str, Any] = self._stages[stage].about["log"]
+        return log
+
+    def save(
+        self,
+        stage: str,
+        tensors: Mapping[str, PackedTensor],
+        vectors: Mapping[str, F32],
+        log: Mapping[str, Any],
+    ) -> None:
+        """Finish a stage. Raises `UnavailableError` if the disk is full; nothing is half done then."""
+        from safetensors.numpy import save_file
+
+        arrays: dict[str, Any] = {}
+        layout: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            arrays[f"hi/{name}"] = np.ascontiguousarray(tensor.hi)
+            if tensor.lo is not None:
+                arrays[f"lo/{name}"] = np.ascontiguousarray(tensor.lo)
+            shape = (ENCODINGS.index(tensor.encoding), tensor.rows, tensor.cols, tensor.group, tensor.lo_shift)
+            layout[name] = shape
+        for name, vector in vectors.items():
+            arrays[f"vector/{name}"] = np.ascontiguousarray(vector, np.float32)
+        about = json.dumps({"layout": layout, "log": log}, allow_nan=False).encode()
+        arrays["about"] = np.frombuffer(about, np.uint8)
+        path = self.folder / f"{stage}.stage"
+        part = path.with_suffix(".part")
+        with disk_errors(path):
+            save_file(arrays, part)
+            part.replace(path)
+        self._stages[stage] = _Stage(path)
+
+    def tensor(self, name: str) -> PackedTensor:
+        """A matrix as the last stage left it: views of its file."""
+        return next(s for s in reversed(self._ordered()) if name in s.tensors).tensors[name]
+
+    def vector(self, name: str) -> F32:
+        """A vector as the last stage left it."""
+        return next(s for s in reversed(self._ordered()) if name in s.vectors).vectors[name]
+
+    def logs(self) -> list[dict[str, Any]]:
+        """The log lines of all stages that have one, in order."""
+        return [stage.about["log"] for stage in self._ordered() if stage.about["log"]]
+
+    def _ordered(self) -> list[_Stage]:
+        return [self._stages[name] for name in sorted(self._stages)]
+
+    # ---- life
+
+    def remove(self) -> None:
+        """The run is over: delete the folder."""
+        self._stages = {}
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let another process have it; idempotent. A folder in which no stage was finished is removed."""
+        if self._lock >= 0:
+            if not self._stages:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Stage:
+    """One stage's file, mapped and checked: it may have been touched since."""
+
+    def __init__(self, path: Path) -> None:
+        file = SafetensorsFile(path)
+        self.about = parse_object(file.raw("about").tobytes(), str(path))
+        self.tensors: dict[str, PackedTensor] = {}
+        try:
+            for name, (encoding, rows, cols, group, lo_shift) in self.about["layout"].items():
+                lo = file.raw(f"lo/{name}") if f"lo/{name}" in file.entries else None
+                hi = file.raw(f"hi/{name}")
+                tensor = PackedTensor(ENCODINGS[encoding], rows, cols, group, lo_shift, hi, lo)
+                sizes = tile_bytes(tensor.encoding, tensor.padded_cols, group)
+                if hi.nbytes != tensor.tiles * sizes[0] or (lo is not None and lo.nbytes != tensor.tiles * sizes[1]):
+                    raise ModelError(f"{path}: {name} has the wrong size")
+                self.tensors[name] = tensor
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise ModelError(f"{path} is damaged; --restart begins anew") from None
+        names = [name for name in file.entries if name.startswith("vector/")]
+        self.vectors = {name.removeprefix("vector/"): file.read(name) for name in names}
+
+
+def digest(*parts: Any) -> str:
+    """16 hex digits of arrays and texts."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.tobytes() if isinstance(part, np.ndarray) else str(part).encode())
+    return total.hexdigest()[:16]

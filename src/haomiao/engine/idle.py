@@ -1,0 +1,51 @@
+"""A thread that does what can wait, while nothing is asked: it sleeps until there is something, and between the pieces.
+
+Started when first woken. Knows a driver and nothing about what is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+from haomiao.engine.driver import Driver
+from haomiao.errors import InputError
+
+PAUSE_S = 0.02
+"""Between two pieces of work, so that whoever asks comes first; and before the first one, so that a conversation that
+goes on at once is not in the way of it."""
+
+
+class IdleWorker:
+    """Calls `Engine.idle` of a driver's engine."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._work = threading.Event()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def wake(self) -> None:
+        """There is something to do. Never waits."""
+        self._work.set()
+        if self._thread is None and not self._closed.is_set():
+            self._thread = threading.Thread(target=self._run, name="haomiao-idle", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; idempotent. To be called before the driver is closed."""
+        self._closed.set()
+        self._work.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._work.wait()
+            if self._closed.wait(PAUSE_S):
+                return
+            with contextlib.suppress(InputError):  # the model was closed
+                if not self._driver.alone(lambda engine: engine.idle() or engine.busy):
+                    self._work.clear()
+                    if self._driver.alone(lambda engine: engine.monitor.waiting):  # it came between the two
+                        self._work.set()
