@@ -9,6 +9,9 @@ Weights are normal with standard deviation 0.02, norms are 1, from a fixed seed:
 Tensors are made and written one after the other, so that memory holds one tensor at a time. GGUF quantizing uses the
 `gguf` package; token embeddings and head take the same type, as llama.cpp's --pure does.
 
+`--random-codes` draws a GGUF's codes themselves instead of rounding weights, which takes seconds instead of minutes for
+7 billion of them: uniform codes, one scale, the same standard deviation.
+
 `--tokenizer` takes a directory with a byte-level BPE tokenizer.json of at most the shape's vocabulary: its files are
 copied beside the checkpoint, its vocabulary and merges go into the GGUF. What it costs to load one is part of a cold
 start, so a placeholder would flatter.
@@ -181,8 +184,21 @@ def real_vocabulary(directory: Path, shape: ModelShape) -> Vocabulary:
     return Vocabulary(tokens, types, merges, end, PRE_TOKENIZERS[shape.model_type])
 
 
-def write_gguf(shape: ModelShape, path: Path, kind: str, seed: int, words: Vocabulary) -> None:
-    """The same weights as GGUF, in one quantized type."""
+def random_codes(size: tuple[int, ...], kind: str, index: int, seed: int) -> np.ndarray:
+    """uint8 [rows, bytes]: blocks of 32 columns, a float16 scale and uniform codes (ggml: block_q4_0, block_q8_0)."""
+    rows, cols = size
+    width, deviation = {"Q4_0": (18, 4.61), "Q8_0": (34, 73.5)}[kind]  # of uniform codes, in steps
+    rng = np.random.Generator(np.random.SFC64([seed, index]))
+    blocks = np.frombuffer(rng.bytes(rows * cols // 32 * width), np.uint8).reshape(-1, width).copy()
+    if kind == "Q8_0":
+        codes = blocks[:, 2:].view(np.int8)
+        np.maximum(codes, -127, out=codes)
+    blocks[:, :2] = np.array([STANDARD_DEVIATION / deviation], "<f2").view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def write_gguf(shape: ModelShape, path: Path, kind: str, seed: int, words: Vocabulary, drawn: bool = False) -> None:
+    """The same weights as GGUF, in one quantized type; or `drawn` codes."""
     import gguf
 
     quantized = gguf.GGMLQuantizationType[kind]
@@ -206,6 +222,9 @@ def write_gguf(shape: ModelShape, path: Path, kind: str, seed: int, words: Vocab
     writer.add_eos_token_id(words.end)
     writer.add_add_bos_token(False)
     for index, (name, size) in enumerate(tensors(shape)):
+        if drawn and len(size) == 2:
+            writer.add_tensor(gguf_name(name), random_codes(size, kind, index, seed), raw_dtype=quantized)
+            continue
         x = permuted(name, values(name, size, index, seed), shape)
         if len(size) == 2:
             writer.add_tensor(gguf_name(name), gguf.quants.quantize(x, quantized), raw_dtype=quantized)
@@ -233,6 +252,7 @@ def main() -> None:
         "--gguf", action="append", choices=("Q4_0", "Q8_0"), default=[], help="also as GGUF; repeatable"
     )
     parser.add_argument("--no-safetensors", action="store_true", help="GGUF only")
+    parser.add_argument("--random-codes", action="store_true", help="draw the codes of GGUF files, not their weights")
     parser.add_argument("--tokenizer", type=Path, help="directory with a real tokenizer.json")
     parser.add_argument("--layers", type=int, help="fewer layers than the real model")
     parser.add_argument("--vocab", type=int, help="a smaller vocabulary")
@@ -249,7 +269,7 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         words = real_vocabulary(args.tokenizer, shape) if args.tokenizer is not None else placeholder(shape.vocab)
         for kind in args.gguf:
-            write_gguf(shape, args.out / f"model-{kind}.gguf", kind, args.seed, words)
+            write_gguf(shape, args.out / f"model-{kind}.gguf", kind, args.seed, words, args.random_codes)
     print(json.dumps({"shape": args.shape, "parameters": shape.parameters, "out": str(args.out)}))
 
 

@@ -35,7 +35,7 @@ def make_checkpoint(folder: Path, line: Line, tokenizer: Path | None) -> Path:
     if not path.exists():
         print(f"making {path}", flush=True)
         command = [sys.executable, str(HERE / "make_model.py"), line.shape, "--out", str(path.parent)]
-        command += ["--no-safetensors", "--gguf", line.file]
+        command += ["--no-safetensors", "--gguf", line.file, "--random-codes"]
         if tokenizer is not None and line.shape.startswith("qwen"):
             command += ["--tokenizer", str(tokenizer)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

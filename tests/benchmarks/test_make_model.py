@@ -56,3 +56,31 @@ def test_gguf_holds_the_same_weights(tmp_path: Path, shape: str) -> None:
     stored = found["token_embd.weight"]
     dequantized = gguf.quants.dequantize(stored.data, stored.tensor_type)
     assert np.abs(dequantized - embedding).max() < 0.002  # half a step of 8 bits and of bf16
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_codes_that_are_drawn_have_the_same_deviation(tmp_path: Path, kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    make(tmp_path, "qwen2.5-0.5b", "--gguf", kind, "--no-safetensors", "--random-codes")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / f"model-{kind}.gguf").tensors}
+    for name, shape in (("token_embd.weight", (300, 896)), ("blk.0.ffn_down.weight", (896, 4864))):
+        weights = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
+        assert weights.shape == shape
+        assert 0.019 < weights.std() < 0.021
+
+
+def test_a_real_vocabulary_goes_into_both(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    alphabet = {chr(256 + index): index for index in range(200)}
+    vocabulary = {**alphabet, "\u0100\u0101": 200}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": ["\u0100 \u0101"]}
+    added = [{"id": 201, "content": "<|endoftext|>", "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": added}))
+    make(tmp_path / "out", "qwen2.5-0.5b", "--gguf", "Q8_0", "--tokenizer", str(tmp_path))
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+    fields = gguf.GGUFReader(tmp_path / "out/model-Q8_0.gguf").fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    types = fields["tokenizer.ggml.token_type"].contents()
+    assert (tokens[200], tokens[201], tokens[202]) == ("\u0100\u0101", "<|endoftext|>", "[PAD202]")
+    assert (types[0], types[201], types[202]) == (1, 3, 5)
+    assert fields["tokenizer.ggml.merges"].contents() == ["\u0100 \u0101"]
