@@ -154,6 +154,17 @@ def test_lengths_pay_and_nobody_pays_for_others(
     assert time <= (1 + PATIENCE) * (1 + least) + 1e-9, "and for everyone in the step"
 
 
+@given(steps=st.lists(st.tuples(st.integers(1, 8), st.floats(1.0, 1e12)), min_size=1, max_size=200))
+def test_costs_stay_sound_whatever_is_measured(steps: list[tuple[int, float]]) -> None:
+    costs, seen = StepCosts(), {1}
+    for tokens, nanoseconds in steps:
+        costs.observe("int8", tokens, nanoseconds)
+        seen.add(tokens)
+        assert all(1.0 <= costs.ratio("int8", each) <= 2.001 * each for each in seen)
+        assert all(1.0 <= costs.ratio("int8", each) < 1e3 for each in range(1, 9))
+        assert 0.0 < (costs.predict("int8", 1) or 0.0) < 1e15
+
+
 def test_lengths_grow_with_the_chance_and_shrink_with_the_cost() -> None:
     def most(chance: float, slope: float) -> int:
         found = choose_lengths([Candidate(1, chance, 8)], 1, lambda m: 1 + slope * (m - 1), lambda n: 0.0, spare=99)

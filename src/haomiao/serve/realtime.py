@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -19,13 +20,15 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from haomiao.errors import EngineError, HaomiaoError, InputError, OverloadError
 from haomiao.serve import jsonbody, logs
 from haomiao.serve import realtime_events as events
-from haomiao.serve.conversation import Conversation, Item, Reader, common
+from haomiao.serve.conversation import Conversation, Item
 from haomiao.serve.failures import error_body
 from haomiao.serve.guard import refuse_websocket
-from haomiao.serve.messages import Close, Fed, Feed
+from haomiao.serve.messages import Fed
+from haomiao.serve.realtime_feeder import Feeder
 from haomiao.serve.realtime_response import Response
 from haomiao.serve.service import Service, new_name
 
+_log = logging.getLogger("haomiao.serve")
 PROTOCOL = "realtime"
 GOING_AWAY, BAD_FRAME = 1001, 1007
 
@@ -49,81 +52,6 @@ async def realtime(websocket: WebSocket) -> None:
     finally:
         service.sockets -= 1
         await socket.end()
-
-
-class Feeder:
-    """Keeps the engine's session up to what was said; at most one rendering at a time, of the newest text."""
-
-    def __init__(self, socket: Socket) -> None:
-        self._socket = socket
-        self._service = socket.service
-        self.reader = Reader(socket.service.prompts)
-        self.turn = asyncio.Lock()
-        """Held while tokens are sent to the engine, so that positions agree."""
-        self._connection: Any = None
-        self._session = 0
-        self._fed: list[int] = []
-        self._computed = 0
-        self._news = asyncio.Event()
-
-    def poke(self) -> None:
-        """Something was said or changed."""
-        self._news.set()
-
-    async def run(self) -> None:
-        """Feed for as long as the connection lives. What cannot be fed now is told when an answer is asked for."""
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            with contextlib.suppress(HaomiaoError):
-                async with self.turn:
-                    await self._feed()
-
-    async def _feed(self) -> None:
-        socket = self._socket
-        ids = await self.reader.beginning(socket.fields, socket.conversation, socket.form)
-        if socket.response is not None:  # its own prefill computes this, in the same step as the first token
-            return
-        self.open()
-        position = common(self._fed, ids)
-        if position < len(ids):  # what was fed beyond is still good for an answer, if nothing else is said
-            point = socket.fields.point
-            salt, session = socket.salt, self._session
-            tail = ids[position:]
-            self._connection.send(Feed(session=session, position=position, token_ids=tail, salt=salt, point=point))
-            self._fed, self._computed = ids, min(self._computed, position)
-        elif ids and self._computed >= len(ids):  # it was computed before, and is said to be
-            socket.computed(Fed(session=self._session, tokens=len(ids), cached=len(ids)))
-
-    def computed(self, fed: Fed) -> None:
-        """The engine has read so far."""
-        self._computed = fed.tokens
-        self._socket.computed(fed)
-
-    def open(self) -> None:
-        """A session with the engine that runs now; a new one if it was restarted. Raises `NotReadyError`."""
-        connection = self._service.supervisor.connection()
-        if connection is not self._connection:
-            self._connection, self._session, self._fed, self._computed = connection, connection.new_id(), [], 0
-            connection.on_fed[self._session] = self.computed
-
-    def commit(self, ids: list[int]) -> tuple[Any, int, list[int]]:
-        """Before an answer to the prompt `ids`: connection, session, and the ids that the session lacks."""
-        self.open()
-        position = common(self._fed, ids)
-        if position < len(self._fed) or not self._fed:
-            salt, point = self._socket.salt, self._socket.fields.point
-            feed = Feed(session=self._session, position=position, token_ids=[], salt=salt, point=point)
-            self._connection.send(feed)
-        self._fed, self._computed = list(ids), len(ids)
-        return self._connection, self._session, ids[position:]
-
-    def close(self) -> None:
-        """Forget the session."""
-        if self._connection is not None:
-            self._connection.on_fed.pop(self._session, None)
-            with contextlib.suppress(EngineError):
-                self._connection.send(Close(session=self._session))
 
 
 class Socket:
@@ -237,7 +165,13 @@ class Socket:
     def _task(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, (HaomiaoError, WebSocketDisconnect)):
+            _log.error("a realtime session failed", exc_info=error)
 
     # ---- session --------------------------------------------------------------------------------------------------
 
@@ -357,18 +291,29 @@ class Socket:
             raise OverloadError("the server is stopping", code="not_ready")
         if self.service.in_flight >= self._limits.queue:
             raise OverloadError(f"{self._limits.queue} requests are in flight already", code="queue_full")
+        self.response = Response(self, self._feeder, fields, arrival_ns)
         self._count["responses"] += 1
         self.service.in_flight += 1
-        self.response = Response(self, self._feeder, fields, arrival_ns)
         self._task(self._quietly(self._answer(self.response)))
 
     async def _answer(self, response: Response) -> None:
         try:
             await response.run()
+        except (HaomiaoError, WebSocketDisconnect):
+            raise
+        except Exception:  # a mistake of ours: the client learns that, the log where
+            self.release(response)
+            await self.fail(EngineError("internal error"))
+            raise
         finally:
-            self.response = None
+            self.release(response)
             self.service.done()
             self._feeder.poke()
+
+    def release(self, response: Response) -> None:
+        """Another answer may be asked for; before the client is told that this one is done."""
+        if self.response is response:
+            self.response = None
 
     async def _response_cancel(self, event: events.ResponseCancel, arrival_ns: int) -> None:
         response = self.response

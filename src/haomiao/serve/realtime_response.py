@@ -19,7 +19,8 @@ from haomiao.serve.realtime_events import SessionFields, message_item
 from haomiao.serve.service import new_name
 
 if TYPE_CHECKING:
-    from haomiao.serve.realtime import Feeder, Socket
+    from haomiao.serve.realtime import Socket
+    from haomiao.serve.realtime_feeder import Feeder
 
 FIRST = {"output_index": 0, "content_index": 0}
 
@@ -151,6 +152,7 @@ class Response:
             else:  # nothing was said: the model shall not read an empty turn
                 self._socket.conversation.items.remove(item)
                 await self._socket.say("conversation.item.deleted", item_id=item.id)
+        self._socket.release(self)
         await self._socket.say("response.done", response=self._about(status, error, [shown] if begun else []))
 
     def _before(self) -> str | None:

@@ -21,6 +21,9 @@ _SPEED_DRIFT = 0.001
 """What a step adds to the variance of the speed's logarithm."""
 _RATIO_DRIFT = 2e-5
 _RATIO_PRIOR = 0.25
+_LEAST_VARIANCE = 1e-6
+_COUPLING = 0.95
+"""Greatest correlation of a ratio with the speed."""
 _SURPRISE = 1.1
 """A logarithm further off than this is cut: a hiccup teaches no more than a factor of three."""
 MOST = 256
@@ -54,14 +57,29 @@ class _Line:
         total = of_speed + of_ratio + _NOISE
         for ratio in self.ratios.values():
             if ratio is not seen:  # what speed and ratio were wrong about together is put right together
-                ratio.log = max(0.0, ratio.log + surprise * ratio.shared / total)
+                ratio.log += surprise * ratio.shared / total
                 ratio.variance -= ratio.shared**2 / total
                 ratio.shared -= ratio.shared * of_speed / total
         self.log_ns += surprise * of_speed / total
         self.variance -= of_speed**2 / total
-        seen.log = max(0.0, seen.log + surprise * of_ratio / total)
+        seen.log += surprise * of_ratio / total
         seen.variance -= of_ratio**2 / total
         seen.shared -= of_speed * of_ratio / total
+        self._stay_sound()
+
+    def _stay_sound(self) -> None:
+        """What ratios are wrong about among themselves is not kept, so that the rest may contradict itself after many
+        surprises: variances stay positive, no covariance exceeds what they allow, and `m` tokens take between one and
+        twice `m` times as long as one."""
+        self.variance = max(self.variance, _LEAST_VARIANCE)
+        for tokens, ratio in self.ratios.items():
+            if tokens == 1:
+                ratio.log = ratio.variance = ratio.shared = 0.0
+                continue
+            ratio.log = min(max(ratio.log, 0.0), math.log(2 * tokens))
+            ratio.variance = min(max(ratio.variance, _LEAST_VARIANCE), _RATIO_PRIOR)
+            most = _COUPLING * math.sqrt(self.variance * ratio.variance)
+            ratio.shared = min(max(ratio.shared, -most), most)
 
 
 class StepCosts:
