@@ -2,7 +2,8 @@
 
 A second engine runs made-up requests on the same executor, in KV blocks borrowed from the first, so that everything a
 round costs is inside: planning, the step, sampling. Prompts of many lengths alone, with an answer and without, then
-several answers beside each other, cheap ones first, again and again until the time is spent. Knows the executor only by its protocol.
+several answers beside each other, cheap ones first, again and again until the time is spent. Knows the executor only by
+its protocol.
 """
 
 from __future__ import annotations
