@@ -10,7 +10,8 @@ Everything made lies in .peers (ignored by git): the environments, and random ch
 its own. A round measures the ceilings and then takes one sample from every engine, in an order that turns; the first
 sample of an engine warms it up and is dropped. Samples gather in benchmarks/results/<name>.json until there are
 --rounds of each, so that a long measurement can be made in short pieces: what is there is not measured again unless our
-commit or the line has changed. Random weights serve for speed only. The last line printed is one JSON object.
+commit or the line has changed. A sample beside which other programs took more than a tenth of a core is counted as
+disturbed and taken again. Random weights serve for speed only. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -95,7 +96,12 @@ def measure(line: Line, args: argparse.Namespace, found: results.Results, deadli
             record["ceilings"].append({"read_gb_s": ceilings.read_gb_s, "int8_gops": ceilings.int8_gops})
             order = list(running)
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
-                samples.setdefault(name, []).append({"round": turn, **take(running[name], line, turn + 1)})
+                others = engines.Others([engine.pid for engine in running.values() if engine.pid is not None])
+                sample = {"round": turn, **take(running[name], line, turn + 1)}
+                if (others.cores() or 0.0) > args.others:
+                    record["disturbed"][name] = record["disturbed"].get(name, 0) + 1
+                    continue
+                samples.setdefault(name, []).append(sample)
                 if len(samples[name]) >= args.rounds:
                     running.pop(name).close()
             found.write(line)
@@ -156,6 +162,7 @@ def parse() -> argparse.Namespace:
     add("--engines", default="", help="comma-separated names; default all")
     add("--rounds", type=int, default=5, help="samples of each engine")
     add("--seconds", type=float, default=float("inf"), help="begin no round that would end after this")
+    add("--others", type=float, default=0.1, help="cores that other programs may take beside a sample (Linux)")
     add("--threads", type=int)
     add("--tokenizer", type=Path, help="a real tokenizer for the Qwen checkpoint (make_model.py --tokenizer)")
     add("--name", default="peers", help="of the file in benchmarks/results")

@@ -6,6 +6,7 @@ llama-cli, where they lie beside it, do the lines that llama-bench cannot. Knows
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -28,6 +29,9 @@ class Missing(Exception):
 
 class Engine(Protocol):
     """One line by one engine."""
+
+    pid: int | None
+    """The process that stays, if one does."""
 
     def sample(self, seed: int) -> Sample: ...
 
@@ -56,6 +60,7 @@ class Worker:
             text=True,
         )
         self._engine = engine
+        self.pid: int | None = self._process.pid
         self._expect("ready")
 
     def _expect(self, start: str) -> str:
@@ -83,6 +88,8 @@ class Worker:
 
 class Program:
     """llama-bench or a program that takes its flags."""
+
+    pid = None
 
     def __init__(self, path: Path, line: Line, model: Path, threads: int) -> None:
         self._line, self._model, self._threads = line, model, threads
@@ -136,6 +143,8 @@ class Program:
 
 class ColdStart:
     """`haomiao generate` as a person would start it."""
+
+    pid = None
 
     def __init__(self, model: Path, threads: int, point: str) -> None:
         self._command = [sys.executable, "-m", "haomiao", "generate", str(model), PROMPT, "--max-tokens", "1"]
@@ -198,6 +207,45 @@ def batched_rate(output: str) -> float:
     if not numbers:
         raise Missing(f"not llama-batched-bench's table: {output[-200:]!r}")
     return float(numbers[-1][7])
+
+
+class Others:
+    """How many cores' worth of time other programs took while something of ours ran (Linux; elsewhere None).
+
+    On a machine that is shared, or in use, a sample that others disturbed says nothing about an engine.
+    """
+
+    def __init__(self, workers: list[int]) -> None:
+        """`workers` are the processes of ours that run on."""
+        self._workers = workers
+        self._busy, self._own, self._time = _busy_seconds(), self._ours(), time.monotonic()
+
+    def cores(self) -> float | None:
+        """Cores since the beginning, time that the hypervisor kept for itself included."""
+        busy = _busy_seconds()
+        if busy is None or self._busy is None:
+            return None
+        taken = busy - self._busy - (self._ours() - self._own)
+        return max(0.0, taken / (time.monotonic() - self._time))
+
+    def _ours(self) -> float:
+        own = os.times()
+        seconds = own.user + own.system + own.children_user + own.children_system
+        for pid in self._workers:
+            with contextlib.suppress(OSError):  # it ended, and is among the children's
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return seconds
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all cores together have spent on anything, stolen time included."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    except OSError:
+        return None
+    user, nice, system, _, _, *interrupts_and_steal = (int(field) for field in fields[1:9])
+    return (user + nice + system + sum(interrupts_and_steal)) / os.sysconf("SC_CLK_TCK")
 
 
 class Neighbour:

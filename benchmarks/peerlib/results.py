@@ -36,7 +36,7 @@ class Results:
             settings.pop(key)
         record: dict[str, Any] = self.data["lines"].get(line.name, {})
         if record.get("settings") != settings:
-            record = {"settings": settings, "samples": {}, "missing": {}, "ceilings": []}
+            record = {"settings": settings, "samples": {}, "missing": {}, "disturbed": {}, "ceilings": []}
         if record.get("commit") != commit:
             record["samples"].pop(OURS, None)
             record["commit"] = commit
@@ -61,6 +61,8 @@ def summary(line: Line, record: dict[str, Any]) -> dict[str, Any]:
     """
     engines: dict[str, Any] = {}
     for name, samples in record["samples"].items():
+        if not samples:
+            continue
         keys = [key for key in samples[0] if key != "round" and all(s.get(key) is not None for s in samples)]
         engines[name] = {key: summarize([s[key] for s in samples]).as_dict() for key in keys}
         if line.metric not in engines[name]:
