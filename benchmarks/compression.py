@@ -1,4 +1,4 @@
-"""Compress a trained model in many ways and measure each: the table of docs/compression.md.
+"""Compress a trained model in many ways and measure each: a table of their errors.
 
     python benchmarks/compression.py CHECKPOINT --text english.txt --text chinese.txt --out results.json
     python benchmarks/compression.py CHECKPOINT --text ... --only gptq-g32 --only rtn-g32

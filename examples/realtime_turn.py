@@ -20,13 +20,13 @@ def say(socket, kind, **fields):
     socket.send(json.dumps({"type": kind, **fields}))
 
 
-def hear(socket, kind):
-    """The next event of a kind; an error ends the example."""
+def hear(socket, *kinds):
+    """The next event of these kinds; an error ends the example."""
     while True:
         event = json.loads(socket.recv(timeout=60))
         if event["type"] == "error":
             sys.exit(event["error"]["message"])
-        if event["type"] == kind:
+        if event["type"] in kinds:
             return event
 
 
@@ -43,7 +43,9 @@ def converse(url):
         say(socket, "input_text_buffer.commit")
         asked = time.monotonic()
         say(socket, "response.create", response={"max_output_tokens": 24, "budget_ms": BUDGET_MS})
-        first = hear(socket, "response.output_text.delta")
+        first = hear(socket, "response.output_text.delta", "response.done")
+        if first["type"] == "response.done":  # refused: it could not be kept
+            sys.exit(first["response"]["status_details"]["error"]["message"])
         print(f"first token {1e3 * (time.monotonic() - asked):.1f} ms after the last word: {first['delta']!r}")
         response = hear(socket, "response.done")["response"]
 

@@ -22,6 +22,9 @@ U32: TypeAlias = npt.NDArray[np.uint32]
 KV_BLOCK_TOKENS = 32
 """Tokens in one KV block: the unit of paging, of prefix hashing, and of one attention chunk."""
 
+KV_SPLIT_TOKENS = 512
+"""Positions in one split of the softmax (docs/ARCHITECTURE.md, section 6)."""
+
 Planes: TypeAlias = Literal["full", "bf16", "hi", "hi+lo"]
 KvType: TypeAlias = Literal["f32", "bf16", "int8"]
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter"]

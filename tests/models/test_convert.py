@@ -330,13 +330,14 @@ def test_a_gguf_file_without_a_tokenizer_that_is_known_takes_token_ids(
 
 def test_a_byte_level_vocabulary_is_prepared_for_mapping(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
 
     from haomiao.text.decoding import byte_alphabet
     from haomiao.text.tokenizer import Tokenizer
 
     backend = Backend(models.BPE({c: i for i, c in enumerate(byte_alphabet())}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.save(str(tmp_path / "tokenizer.json"))
     case, tensors = checkpoint("llama-odd-bias")
     source = DictSource(case.config, tensors)

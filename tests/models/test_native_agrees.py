@@ -41,6 +41,8 @@ def test_native_agrees_with_the_reference(name: str, point: str, kv_type: Any, t
         )
     errors = np.abs(ours - theirs) / np.abs(theirs).max()
     median, greatest = (1e-6, 1e-4) if point == "full" else (1e-6, 0.05)
+    if kv_type == "int8":  # codes of 16 bits are rounded differently where float sums differ in their last places, and
+        median = 5e-3  # one of them that turns an 8-bit code of an early token changes all that follow a little
     assert np.median(errors) <= median
     assert errors.max() <= greatest
     assert (ours.argmax(axis=1) == theirs.argmax(axis=1)).mean() >= (1.0 if point == "full" else 0.9)

@@ -1,8 +1,9 @@
 """Measures how long steps take on this machine, by running real ones: what the cost model is fitted to.
 
 A second engine runs made-up requests on the same executor, in KV blocks borrowed from the first, so that everything a
-round costs is inside: planning, the step, sampling. Prompts of many lengths alone, then several answers beside each
-other, cheap ones first, again and again until the time is spent. Knows the executor only by its protocol.
+round costs is inside: planning, the step, sampling. Prompts of many lengths alone, with an answer and without, then
+several answers beside each other, cheap ones first, again and again until the time is spent. Knows the executor only by
+its protocol.
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ def _measure(
             size = sum(prompts)
             if size > 128 and round_number % (size // 128):
                 continue  # long prompts cost much and vary little
-            _run_together(engine, [random.integers(0, guest.vocab_size, size=n).tolist() for n in prompts])
+            tokens = [random.integers(0, guest.vocab_size, size=n).tolist() for n in prompts]
+            _run_together(engine, tokens)
+            if len(tokens) == 1:
+                engine.run_until(engine.submit(EngineRequest(tokens[0], work="prefill")))  # the same without the head
         if round_number % 2 == 0:
             _run_extended(engine, guest, random.integers(0, guest.vocab_size, size=PAST + sum(EXTENDED)).tolist())
     return recorder.steps

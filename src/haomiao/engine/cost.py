@@ -30,6 +30,8 @@ HORIZONS = (1, 4, 16, 64)
 """Lengths of the runs of steps whose error is kept."""
 PRIOR_MARGINS = (1.5, 1.35, 1.25, 1.2)
 """Bound / expectation before enough runs of that length were seen."""
+MAX_SLOWNESS = 16.0
+"""No neighbour slows a machine more; a step that took longer was of a kind that the fit does not know."""
 MAX_MARGIN = 4.0
 """No bound is further from its expectation, or one bad minute would keep everybody out for long."""
 IDLE_MARGIN = 1.1
@@ -310,6 +312,7 @@ class _Slowness:
         self.value = 1.0
 
     def add(self, ratio: float) -> None:
+        ratio = min(max(ratio, 1.0 / MAX_SLOWNESS), MAX_SLOWNESS)
         self._quick.append(ratio)
         self._calm.append(ratio)
         self.value = max(median(self._quick), median(self._calm)) if len(self._quick) > 2 else self.value

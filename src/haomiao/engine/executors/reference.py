@@ -20,7 +20,18 @@ from haomiao.kernels.pack import from_bf16, to_bf16, unpack
 from haomiao.kernels.packed import PackedTensor
 from haomiao.models import plan as ops
 from haomiao.models.weights import check_weights
-from haomiao.types import F32, I32, KV_BLOCK_TOKENS, POINTS, KvType, Planes, Point, StepBatch, StepResult
+from haomiao.types import (
+    F32,
+    I32,
+    KV_BLOCK_TOKENS,
+    KV_SPLIT_TOKENS,
+    POINTS,
+    KvType,
+    Planes,
+    Point,
+    StepBatch,
+    StepResult,
+)
 
 F64 = npt.NDArray[np.float64]
 
@@ -260,7 +271,7 @@ class _Step:
                 self.executor.write_kv(op.layer, table, int(self.positions[t]), k[t], v[t])
             for t in tokens:
                 keys, values = self.executor.read_kv(op.layer, table, int(self.positions[t]) + 1)
-                out[t] = attend(op, q[t], keys, values).reshape(-1)
+                out[t] = attend(op, q[t], keys, values, self.executor.kv_type).reshape(-1)
         self.buffers[op.out] = out
 
     def do_add(self, op: ops.Add) -> None:
@@ -294,16 +305,36 @@ def softcapped(x: npt.NDArray[Any], cap: float) -> npt.NDArray[Any]:
     return x if cap == 0 else cap * np.tanh(x / cap)
 
 
-def attend(op: ops.Attention, q: F32, keys: F32, values: F32) -> F64:
+def attend(op: ops.Attention, q: F32, keys: F32, values: F32, kind: KvType) -> F64:
     """One query token's attention: q [heads, head_dim] over K, V [kv_heads, positions, head_dim], all visible."""
     per_kv = op.heads // op.kv_heads
-    grouped = q.reshape(op.kv_heads, per_kv, op.head_dim).astype(np.float64)
-    scores = softcapped(grouped @ keys.transpose(0, 2, 1).astype(np.float64) * op.scale, op.softcap)
+    asked = q.reshape(op.kv_heads, per_kv, op.head_dim) * np.float32(op.scale)
+    if kind == "int8":  # codes of 16 bits meet those of 8
+        asked = asked - rounding(asked)
+    scores = softcapped(asked.astype(np.float64) @ keys.transpose(0, 2, 1).astype(np.float64), op.softcap)
     if op.window and keys.shape[1] > op.window:
         scores[:, :, : keys.shape[1] - op.window] = -np.inf
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    result: F64 = (weights / weights.sum(axis=-1, keepdims=True)) @ values.astype(np.float64)
-    return result
+    wide = values.astype(np.float64)
+    result: F64 = weights @ wide
+    if kind == "int8":
+        greatest = np.abs(values).max(axis=-1)[:, None, :]  # 127 times a value's scale
+        for start in range(0, keys.shape[1], KV_SPLIT_TOKENS):
+            split = slice(start, start + KV_SPLIT_TOKENS)
+            lost = rounding((weights[:, :, split] * greatest[:, :, split]).astype(np.float32)).astype(np.float64)
+            shares = np.divide(lost, greatest[:, :, split], out=np.zeros_like(lost), where=greatest[:, :, split] > 0)
+            result -= shares @ wide[:, split]
+    return np.asarray(result / weights.sum(axis=-1, keepdims=True), np.float64)
+
+
+def rounding(x: F32) -> F32:
+    """What is lost where rows [..., n] become codes of 16 bits, one scale max|x| / 16383 per row."""
+    greatest = np.abs(x).max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        factor = np.float32(16383) / greatest
+        codes = np.where(np.isfinite(factor), np.rint(x * factor), np.float32(0))
+        lost: F32 = np.where(np.isfinite(factor), x - codes * (greatest / np.float32(16383)), x).astype(np.float32)
+    return lost
 
 
 def activate(x: F32, name: ops.Activation) -> F64:
