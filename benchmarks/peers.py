@@ -97,7 +97,12 @@ def measure(line: Line, args: argparse.Namespace, found: results.Results, deadli
             order = list(running)
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
                 others = engines.Others([engine.pid for engine in running.values() if engine.pid is not None])
-                sample = {"round": turn, **take(running[name], line, turn + 1)}
+                try:
+                    sample = {"round": turn, **take(running[name], line, turn + 1)}
+                except engines.Missing as reason:
+                    record["missing"][name] = str(reason)
+                    running.pop(name).close()
+                    continue
                 if (others.cores() or 0.0) > args.others:
                     record["disturbed"][name] = record["disturbed"].get(name, 0) + 1
                     continue

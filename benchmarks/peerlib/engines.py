@@ -100,14 +100,14 @@ class Program:
             self._path = beside(path, "llama-batched-bench")
         elif line.work == "itl":
             raise Missing("llama-bench tells no times of single tokens")
-        self._help = run([str(self._path), "--help"], check=False)
+        self._help = run([str(self._path), "--help"], check=False, errors=True)
 
     def sample(self, seed: int) -> Sample:
         """One run, loading included, which is not counted unless it is the question."""
         if self._line.work == "coldstart":
             return self._cold_start()
         if self._line.streams > 1:
-            return {"tok_s": batched_rate(run(self._command_batched()))}
+            return {"tok_s": batched_rate(run(self._command_batched(), errors=True))}
         return {"tok_s": bench_rate(run(self._command_bench()))}
 
     def close(self) -> None:
@@ -167,12 +167,12 @@ def beside(program: Path, *names: str) -> Path:
     raise Missing(f"there is no {' or '.join(names)} beside {program.name}")
 
 
-def run(command: list[str], *, check: bool = True) -> str:
-    """Standard output; the end of standard error where the program failed."""
+def run(command: list[str], *, check: bool = True, errors: bool = False) -> str:
+    """Standard output, and standard error if `errors`. Raises `Missing` with the end of that where it failed."""
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if check and done.returncode:
         raise Missing(f"{Path(command[0]).name} ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
-    return done.stdout + ("" if check else done.stderr)
+    return done.stdout + (done.stderr if errors else "")
 
 
 def timed_start(command: list[str]) -> Sample:

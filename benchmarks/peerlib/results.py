@@ -113,14 +113,12 @@ def table(lines: dict[str, Line], data: dict[str, Any]) -> str:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of this checkout, with a mark if something other than results has changes."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--match="]
-    described = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", ":/", ":!:/benchmarks/results", ":!:/docs"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return (described.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")) or None
+    """The last commit that changed the engine, with a mark if it has changes since."""
+    engine = [":/src", ":/native", ":/CMakeLists.txt"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments, "--", *engine]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("log", "-1", "--format=%h", "--abbrev=12")
+    return f"{commit}-dirty" if commit and git("status", "--porcelain") else commit or None
