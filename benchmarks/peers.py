@@ -10,8 +10,9 @@ Everything made lies in .peers (ignored by git): the environments, and random ch
 its own. A round measures the ceilings and then takes one sample from every engine, in an order that turns; the first
 sample of an engine warms it up and is dropped. Samples gather in benchmarks/results/<name>.json until there are
 --rounds of each, so that a long measurement can be made in short pieces: what is there is not measured again unless our
-commit or the line has changed. A sample beside which other programs took more than a tenth of a core is counted as
-disturbed and taken again, in at most four times the rounds. Random weights serve for speed only. The last line printed is one JSON object.
+commit or the line has changed. A sample beside which other programs took more than a tenth of a core is
+disturbed and taken again, in at most four times the rounds. Random weights serve for speed only. The last line printed
+is one JSON object.
 """
 
 from __future__ import annotations
