@@ -10,8 +10,9 @@ Everything made lies in .peers (ignored by git): the environments, and random ch
 its own. A round measures the ceilings and then takes one sample from every engine, in an order that turns; the first
 sample of an engine warms it up and is dropped. Samples gather in benchmarks/results/<name>.json until there are
 --rounds of each, so that a long measurement can be made in short pieces: what is there is not measured again unless our
-commit or the line has changed. A sample beside which other programs took more than a tenth of a core is counted as
-disturbed and taken again. Random weights serve for speed only. The last line printed is one JSON object.
+commit or the line has changed. A sample beside which other programs took more than a tenth of a core is
+disturbed and taken again, in at most four times the rounds. Random weights serve for speed only. The last line printed
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def measure(line: Line, args: argparse.Namespace, found: results.Results, deadli
         return True
     model = make_checkpoint(args.folder / "models", line, args.tokenizer)
     running: dict[str, engines.Engine] = {}
-    longest = 0.0
+    longest, most = 0.0, turns_allowed(args, record)
     try:
         for name in wanted:
             try:
@@ -89,7 +90,7 @@ def measure(line: Line, args: argparse.Namespace, found: results.Results, deadli
                 running.pop(name, None)
                 record["missing"][name] = str(reason)
                 print(f"{line.name}: {name}: {reason}", flush=True)
-        while running and time.monotonic() + longest < deadline:
+        while running and time.monotonic() + longest < deadline and len(record["ceilings"]) < most:
             begun = time.monotonic()
             turn = len(record["ceilings"])
             ceilings = measure_ceilings(args.threads)
@@ -116,6 +117,11 @@ def measure(line: Line, args: argparse.Namespace, found: results.Results, deadli
             engine.close()
         found.write(line)
     return all(len(samples.get(n, [])) >= args.rounds for n in names_for(line, args) if n not in record["missing"])
+
+
+def turns_allowed(args: argparse.Namespace, record: dict[str, Any]) -> int:
+    """Rounds after which a run gives up: a machine that others use all the time would keep it for ever."""
+    return len(record["ceilings"]) + 4 * args.rounds
 
 
 def take(engine: engines.Engine, line: Line, seed: int) -> engines.Sample:

@@ -13,6 +13,8 @@ from peerlib.lines import Line
 from peerlib.results import OURS, TITLES
 
 ORDER = (OURS, "llama.cpp", "ik_llama.cpp", "openvino")
+FEW = 5
+"""Fewer samples than this are said beside the bar."""
 WIDTH, LEFT, RIGHT, BAR, GAP, TOP = 760, 190, 130, 14, 18, 64
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #1f2328 } .small { font-size: 11px; fill: #59636e }
@@ -42,6 +44,8 @@ def draw(lines: dict[str, Line], data: dict[str, Any], title: str) -> str:
             length = speeds[line.name][name] * scale
             figures = found["engines"][name][line.metric]
             value = f"{figures['median']:.{0 if figures['median'] >= 100 else 1}f} {TITLES[line.metric]}"
+            if figures["samples"] < FEW:
+                value += f" (n = {figures['samples']})"
             kind = f"e{min(engines.index(name), 4)}"
             parts.append(f'<rect class="{kind}" x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR - 2}" rx="2"/>')
             parts.append(f'<text class="small" x="{LEFT + length + 5:.1f}" y="{y + 10}">{value}</text>')

@@ -152,7 +152,18 @@ def test_one_small_run(tmp_path: Path, program: Path) -> None:
         "peers.results.Results = lambda path: real(out); peers.main()"
     )
     asked = ["--folder", str(folder), "--peer", f"fake={program}", "--lines", "streams-0.5b-4,coldstart-0.5b"]
-    asked += ["--engines", "haomiao,fake", "--rounds", "2", "--threads", "1", "--plot", str(tmp_path / "plot.svg")]
+    asked += [
+        "--engines",
+        "haomiao,fake",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--others",
+        "99",
+        "--plot",
+        str(tmp_path / "plot.svg"),
+    ]
     command = [sys.executable, "-c", code, str(BENCHMARKS), str(tmp_path / "found.json"), *asked]
     environment = {**os.environ, "HAOMIAO_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -161,6 +172,16 @@ def test_one_small_run(tmp_path: Path, program: Path) -> None:
         assert said[name]["engines"]["haomiao"][metric]["samples"] == 2
         assert said[name]["best_peer"] == "fake"
     ET.parse(tmp_path / "plot.svg")
+
+
+def test_time_that_others_take_is_seen() -> None:
+    if not Path("/proc/stat").exists():
+        assert engines.Others([]).cores() is None
+        return
+    others = engines.Others([])
+    with engines.Neighbour():  # ours: once it has ended, its time counts as our own
+        pass
+    assert (others.cores() or 0.0) >= 0.0
 
 
 def test_every_line_names_engines_and_a_target() -> None:
