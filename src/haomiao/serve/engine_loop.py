@@ -59,7 +59,7 @@ class EngineLoop:
         """Loads the model, telling `send` how far it is, and says `Hello`. Raises what loading raises."""
         from haomiao.api import LLM
 
-        self._send = self.send = send
+        self.send = send
         self._told = 0.0
         self._llm = LLM(opening.model, progress=self._progress, **opening.options)
         self.engine: Engine = self._llm.engine
@@ -108,9 +108,9 @@ class EngineLoop:
                 self._jobs[job], self._ids[message.id] = _Told(message.id, samples), job
                 return job
         except HaomiaoError as error:
-            self._send(Refused.of(message.id, error))
+            self.send(Refused.of(message.id, error))
         except Exception as error:
-            self._send(Refused.of(message.id, EngineError(f"{type(error).__name__}: {error}")))
+            self.send(Refused.of(message.id, EngineError(f"{type(error).__name__}: {error}")))
         return None
 
     def stats(self) -> Stats:
@@ -168,7 +168,7 @@ class EngineLoop:
                     with self._lock:
                         del self._jobs[event.request_id]
                         self._ids.pop(told.id, None)
-        self._send(*said)
+        self.send(*said)
 
     def _look(self) -> None:
         """Figures that are not free to make, now and then: coverage of predicted steps, the monitor's live error."""
@@ -290,4 +290,4 @@ class EngineLoop:
         now = time.monotonic()
         if now - self._told >= 0.2 or done >= total:
             self._told = now
-            self._send(Loading(what=what, done=done, total=total))
+            self.send(Loading(what=what, done=done, total=total))
