@@ -3,7 +3,8 @@
 Layer by layer in the plan's order: the layer's inputs are taken from the stream of calibration samples, its matrix is
 solved, kept in the workspace and used from then on. Beside it a reference runs with the original weights on samples
 that are held out. Whatever is finished survives a kill; the artifact is a function of checkpoint, recipe, text and
-machine alone, however often the run was interrupted.
+machine alone, however often the run was interrupted. (BLAS divides its sums by its number of threads, so a run that
+goes on keeps the number it began with.)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from haomiao import __version__
 from haomiao.compress import fold
@@ -29,6 +31,7 @@ from haomiao.compress.recipe import Recipe
 from haomiao.compress.text import Samples, read_texts, take_samples
 from haomiao.compress.workspace import Workspace, digest
 from haomiao.errors import InputError, ModelError
+from haomiao.kernels.isa import allowed_cores
 from haomiao.kernels.pack import unpack
 from haomiao.kernels.packed import TILE_ROWS, PackedTensor
 from haomiao.load.artifact import ArtifactWriter
@@ -77,7 +80,11 @@ def compress(
         "recipe": recipe.as_dict() | {"text": []},
         "samples": digest(samples.calibration, samples.held_out),
     }
-    with Workspace(out, identity, restart=restart) as work:
+    count = threads or len(allowed_cores())
+    with (
+        Workspace(out, identity, restart=restart, blas_threads=count) as work,
+        threadpool_limits(work.blas_threads, "blas"),
+    ):
         job = Job(source, recipe, samples, work, threads=threads, progress=progress)
         job.solve()
         job.write(out, overwrite)
