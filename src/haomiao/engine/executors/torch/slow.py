@@ -39,6 +39,9 @@ class _SlowStep:
         owner = torch.from_numpy(np.repeat(np.arange(lengths.size), lengths)).to(device)
         blocks = self.tables[owner, self.positions // KV_BLOCK_TOKENS]
         self.slots = blocks * KV_BLOCK_TOKENS + self.positions % KV_BLOCK_TOKENS
+        copies = np.zeros((0, 2), np.int32) if batch.copies is None else batch.copies
+        self.copied, into = torch.from_numpy(copies.astype(np.int64)).to(device).unbind(1)
+        self.copy_slots = into * KV_BLOCK_TOKENS + self.positions[self.copied] % KV_BLOCK_TOKENS
         self.buffers: dict[str, Tensor] = {
             name: torch.zeros(batch.tokens, width, device=device) for name, width in model.plan.buffers.items()
         }
@@ -97,6 +100,8 @@ class _SlowStep:
         )
         out = torch.zeros(self.batch.tokens, op.heads * op.head_dim, device=self.model.device)
         memory.write(self.slots, k, v)
+        if self.copied.numel():
+            memory.write(self.copy_slots, k[self.copied], v[self.copied])
         starts = self.batch.span_starts
         for span in range(starts.size - 1):
             for offset, t in enumerate(range(int(starts[span]), int(starts[span + 1]))):
