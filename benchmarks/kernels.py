@@ -6,9 +6,9 @@ Prints the ceilings first (streaming read, 8-bit dot products and f32 multiply-a
 beside its own: no pass can be faster than reading the weights once, nor than its arithmetic at the peak; the greater of
 the two is the limit. Ceilings and kernels are measured in turns, in rounds, so that a minute in which neighbours are
 busy slows both. Shown are best, median and 90th percentile of the passes, and limit / best and limit / median. With
-`--tiles 1.0,0.7,0.5` also under random tile masks that store that share of the blocks of 32 rows x `group` columns, each
-beside the whole matrix. The last line is one JSON object; `--save` writes it to benchmarks/results/kernels-<isa>.json
-(or NAME.json) too. The weights of a pass over a few tokens should exceed the last-level cache.
+`--tiles 1.0,0.7,0.5` also under random tile masks that store that share of the blocks of 32 rows x `group` columns,
+each beside the whole matrix. The last line is one JSON object; `--save` writes it to benchmarks/results too
+(kernels-<isa>.json or NAME.json). The weights of a pass over a few tokens should exceed the last-level cache.
 """
 
 from __future__ import annotations
@@ -236,7 +236,8 @@ def report(name: str, work: Work, size: int, reading: float, computing: float, p
     bound = "reading" if reading >= computing else "arithmetic"
     print(
         f"{name:12} {work.tokens:6} {work.packed.share:5.2f} {best * 1e3:8.3f} {median * 1e3:8.3f} {p90 * 1e3:8.3f} "
-        f"{size / best * 1e-9:7.1f} {work.operations / best * 1e-9:7.0f} {limit * 1e3:9.3f} {limit / best:7.2f} {limit / median:7.2f}  {bound}",
+        f"{size / best * 1e-9:7.1f} {work.operations / best * 1e-9:7.0f} {limit * 1e3:9.3f} "
+        f"{limit / best:7.2f} {limit / median:7.2f}  {bound}",
         flush=True,
     )
     return {
@@ -302,9 +303,7 @@ def main() -> None:
     }
     if arguments.save:
         name = arguments.name or f"kernels-{arguments.isa}"
-        (RESULTS / f"{name}.json").write_text(
-            json.dumps(summary, indent=1) + "\n"
-        )
+        (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
 
 

@@ -54,6 +54,7 @@ def test_skipping_gives_the_bits_of_zero_codes(
     assert packed.hi.nbytes == packed.sizes[0]
     for planes in planes_of(packed):
         assert np.array_equal(pack.unpack(packed, planes), pack.unpack(whole, planes))
+        assert np.array_equal(pack.unpack(pack.whole(packed), planes), pack.unpack(whole, planes))
         assert np.array_equal(pack.unpack_codes(packed, planes)[0], pack.unpack_codes(whole, planes)[0])
         want = reference.linear(whole, x, planes)
         assert np.array_equal(reference.linear(packed, x, planes), want)

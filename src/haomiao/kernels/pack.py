@@ -195,9 +195,9 @@ def unpack_codes(packed: PackedTensor, planes: Literal["hi", "hi+lo"] = "hi+lo")
 
 
 def without_empty(packed: PackedTensor, least: float = LEAST_EMPTY) -> PackedTensor:
-    """The same weights under a tile mask that leaves out what holds nothing but zero codes, in all planes; `packed` itself
-    if less than the share `least` of its blocks of 32 rows x `group` columns does, if it has a mask already, or if the
-    encoding has none."""
+    """The same weights under a tile mask that leaves out the blocks of 32 rows x `group` columns whose codes are zero
+    in all planes. `packed` itself if less than the share `least` of its blocks is, if it has a mask already, or if its
+    encoding takes none."""
     if packed.encoding not in ZERO_BYTES or packed.kept is not None:
         return packed
     planes = [packed.hi] if packed.lo is None else [packed.hi, packed.lo]
@@ -205,17 +205,24 @@ def without_empty(packed: PackedTensor, least: float = LEAST_EMPTY) -> PackedTen
     empty = np.ones(packed.tiles * packed.groups, np.bool_)
     for width in (8, None):  # a few bytes of every block rule out nearly all that hold something
         for block, begin in zip(blocks, (SCALE_BYTES, 0), strict=False):
-            places = np.flatnonzero(empty)
+            places, codes = np.flatnonzero(empty), slice(begin, begin + width if width else None)
             for some in np.array_split(places, 1 + len(places) * block.shape[1] // CHUNK_ELEMENTS):
-                empty[some] = (
-                    block[some, begin : begin + width if width else None] == ZERO_BYTES[packed.encoding]
-                ).all(axis=1)
+                empty[some] = (block[some, codes] == ZERO_BYTES[packed.encoding]).all(axis=1)
     if np.mean(empty) < least:
         return packed
     stored = ~empty.reshape(packed.tiles, packed.groups)
     stored[0, 0] |= not stored.any()  # something must be there
     hi, *lo = (block[stored.reshape(-1)].reshape(-1) for block in blocks)
     return replace(packed, hi=hi, lo=lo[0] if lo else None, kept=pack_mask(stored))
+
+
+def whole(packed: PackedTensor) -> PackedTensor:
+    """The same weights without a tile mask: what it left out has scale 0 and codes 0."""
+    if packed.kept is None:
+        return packed
+    rows = slice(0, packed.rows)
+    lo = None if packed.lo is None else groups_of(packed, rows, packed.lo).reshape(-1)
+    return replace(packed, hi=groups_of(packed, rows, packed.hi).reshape(-1), lo=lo, kept=None)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
@@ -348,9 +355,8 @@ def groups_of(packed: PackedTensor, rows: slice, plane: U8) -> U8:
 
 def _chunk_scales(packed: PackedTensor, rows: slice) -> F32:
     """Stored scales of whole tiles, float32 [rows, groups]."""
-    stored = np.ascontiguousarray(groups_of(packed, rows, packed.hi)[:, :, :SCALE_BYTES]).view(
-        "<f2"
-    )  # [tiles, groups, 32]
+    groups = groups_of(packed, rows, packed.hi)
+    stored = np.ascontiguousarray(groups[:, :, :SCALE_BYTES]).view("<f2")  # [tiles, groups, 32]
     return stored.transpose(0, 2, 1).reshape(-1, stored.shape[1]).astype(np.float32)
 
 

@@ -50,8 +50,8 @@ def unpack_mask(mask: U8, groups: int) -> B8:
 class PackedTensor:
     """`hi` and `lo` are flat uint8, whole tiles in ascending rows; they may be views of a mapped file (read-only).
 
-    With a tile mask (`kept`; int8 and planes) a tile holds only the groups that the mask names, one after the other. The
-    others are zero, are no part of any sum, and take no bytes.
+    With a tile mask (`kept`; int8 and planes) a tile holds only the groups that the mask names, one after the other.
+    The others are zero, are no part of any sum, and take no bytes.
     """
 
     encoding: Encoding

@@ -130,8 +130,8 @@ def _tile(packed: PackedTensor, tile: int) -> PackedTensor:
     """One tile as a matrix of its own, without a mask."""
     rows = slice(tile * TILE_ROWS, min(packed.rows, (tile + 1) * TILE_ROWS))
     if packed.group:
-        hi, lo = (None if p is None else groups_of(packed, rows, p).reshape(-1) for p in (packed.hi, packed.lo))
-        assert hi is not None
+        hi = groups_of(packed, rows, packed.hi).reshape(-1)
+        lo = None if packed.lo is None else groups_of(packed, rows, packed.lo).reshape(-1)
     else:
         size = packed.hi.size // packed.tiles
         hi, lo = packed.hi[tile * size : (tile + 1) * size], None

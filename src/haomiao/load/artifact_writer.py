@@ -82,8 +82,8 @@ class ArtifactWriter:
     # ---- what goes in
 
     def add_tensor(self, name: str, tensor: PackedTensor) -> None:
-        """A matrix; its lo plane becomes a section of its own. Blocks of 32 rows x `group` columns that hold nothing but
-        zero codes are left out under a tile mask where there are enough of them. Raises `ArtifactError` for sizes that
+        """A matrix; its lo plane becomes a section of its own. Blocks of 32 rows x `group` columns that hold only zero
+        codes are left out under a tile mask where there are enough of them. Raises `ArtifactError` for sizes that
         contradict the shape, and for scales (f32, bf16: weights) that are NaN or infinite."""
         for plane, size in zip([tensor.hi, tensor.lo], tensor.sizes, strict=True):
             if plane is not None and (size == 0 or plane.nbytes != size):
@@ -100,9 +100,8 @@ class ArtifactWriter:
             self._claim(name + MASK_SUFFIX)
             self._write(TILES, name + MASK_SUFFIX, tensor.kept, (encoding, 0, tensor.group, 0, *shape, stored))
         planes = [tensor.hi] if tensor.lo is None else [tensor.hi, tensor.lo]
-        for index, (plane, size) in enumerate(
-            zip(planes, tile_bytes(tensor.encoding, tensor.padded_cols, tensor.group), strict=False)
-        ):
+        sizes = tile_bytes(tensor.encoding, tensor.padded_cols, tensor.group)
+        for index, (plane, size) in enumerate(zip(planes, sizes, strict=False)):
             self._write(MATRIX, name, plane, (encoding, index, tensor.group, tensor.lo_shift, *shape, size))
 
     def add_vector(self, name: str, values: npt.NDArray[np.float32]) -> None:

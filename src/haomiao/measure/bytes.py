@@ -17,7 +17,8 @@ KV_BYTES: Mapping[KvType, int] = {"f32": 4, "bf16": 2, "int8": 1}
 def weight_bytes_per_step(plan: Plan, weights: Mapping[str, object], point: str) -> int:
     """Bytes of matrices that one step reads at `point`: each linear layer once, the head at its own planes.
 
-    What a tile mask leaves out is not read. The embedding is read by row and vectors are small: both are left out (less than 0.1 % of any real model).
+    What a tile mask leaves out is not read. The embedding is read by row and vectors are small: both are left out (less
+    than 0.1 % of any real model).
     """
     chosen = POINTS[point]
     total = 0
