@@ -55,17 +55,17 @@ struct Entry {
 // planes [40, 70] of group 32: padded to 96 columns, 2 tiles; hi 3 * (64 + 512) bytes a tile, lo 96 * 16.
 constexpr uint64_t kHiTile = 3 * (64 + 512), kLoTile = 96 * 16;
 // int8 [40, 70] of group 64 under a tile mask: 3 of 2 x 2 groups, each 64 + 64 * 32 bytes.
-constexpr uint64_t kGroup = 64 + 64 * 32, kMask = kHeader + 2 * kHiTile + 2 * kLoTile + 128, kMasked = kMask + 64;
+constexpr uint64_t kGroupBytes = 64 + 64 * 32, kMask = kHeader + 2 * kHiTile + 2 * kLoTile + 128, kMasked = kMask + 64;
 const Entry kGood[kEntries] = {
     {2, 1, "w", kHeader, 2 * kHiTile, 3, 0, 32, 4, 40, 70, 96, kHiTile},
     {2, 1, "w", kHeader + 2 * kHiTile, 2 * kLoTile, 3, 1, 32, 4, 40, 70, 96, kLoTile},
     {3, 1, "n", kHeader + 2 * kHiTile + 2 * kLoTile, 28, 0, 0, 0, 0, 7, 1, 1, 0},
     {77, 0, "later", kHeader + 2 * kHiTile + 2 * kLoTile + 64, 5, 9, 9, 9, 9, 9, 9, 9, 9},
     {4, 1, "m.tiles", kMask, 2, 2, 0, 64, 0, 40, 70, 128, 3},
-    {2, 1, "m", kMasked, 3 * kGroup, 2, 0, 64, 0, 40, 70, 128, 2 * kGroup},
-    {1, 1, "meta", kMasked + 3 * kGroup, 2, 0, 0, 0, 0, 0, 0, 0, 0},
+    {2, 1, "m", kMasked, 3 * kGroupBytes, 2, 0, 64, 0, 40, 70, 128, 2 * kGroupBytes},
+    {1, 1, "meta", kMasked + 3 * kGroupBytes, 2, 0, 0, 0, 0, 0, 0, 0, 0},
 };
-constexpr uint64_t kFile = kMasked + 3 * kGroup + 2;
+constexpr uint64_t kFile = kMasked + 3 * kGroupBytes + 2;
 
 std::vector<uint8_t> build() {
   std::vector<uint8_t> data(kFile);
@@ -185,7 +185,7 @@ void test_shapes() {
   field("too many", 0, kRows, 0xFFFFFFFFu);
   field("too many", 0, kCols, 0x80000000u);
   field("tile bytes", 0, kTileBytes, kHiTile + 1, 8);
-  field("body size", 0, kRows, 65);
+  field("contradict", 0, kRows, 65);  // 3 tiles: hi and lo differ
   field("body size", 0, kBytes, 2 * kHiTile - 1, 8);
   field("contradict", 0, kRows, 41);  // hi and lo differ
   field("contradict", 1, kLoShift, 3);
@@ -218,7 +218,7 @@ void test_tile_masks() {
   field("more groups", 4, kTileBytes, 5, 8);
   field("more groups", 4, kTileBytes, UINT64_MAX, 8);
   field("'m': body size", 4, kTileBytes, 2, 8);
-  field("'m': body size", 5, kBytes, 2 * kGroup, 8);
+  field("'m': body size", 5, kBytes, 2 * kGroupBytes, 8);
   field("mask", 4, kRows, 41);  // not its matrix's
   field("mask", 5, kRows, 41);
   field("no matrix", 4, kNameBytes, 6);  // "m.tile"
