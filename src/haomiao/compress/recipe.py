@@ -119,27 +119,27 @@ def recipe_of(given: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return recipe
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises `InputError` with one line."""
+def read_recipe(path: str | Path, what: str = "recipe") -> dict[str, Any]:
+    """The mapping that a YAML file holds; errors call it `what`. Raises `InputError` with one line."""
     import yaml
 
     try:
         with Path(path).open("rb") as file:
             data = file.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:
-            raise InputError(f"recipe {path} is larger than {MAX_FILE >> 20} MiB", param="recipe")
+            raise InputError(f"{what} {path} is larger than {MAX_FILE >> 20} MiB", param=what)
         if b"&" in data or b"*" in data:
-            raise InputError(f"recipe {path}: anchors and aliases are not allowed", param="recipe")
+            raise InputError(f"{what} {path}: anchors and aliases are not allowed", param=what)
         value = yaml.safe_load(data.decode("utf-8"))
     except OSError as wrong:
-        raise InputError(f"recipe {path} cannot be read ({wrong.strerror})", param="recipe") from None
+        raise InputError(f"{what} {path} cannot be read ({wrong.strerror})", param=what) from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as wrong:
         line = str(wrong).splitlines()[0] if str(wrong) else type(wrong).__name__
-        raise InputError(f"recipe {path} is not YAML ({line[:200]})", param="recipe") from None
+        raise InputError(f"{what} {path} is not YAML ({line[:200]})", param=what) from None
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise InputError(f"recipe {path} must be a mapping of keys to values", param="recipe")
+        raise InputError(f"{what} {path} must be a mapping of keys to values", param=what)
     return value
 
 
