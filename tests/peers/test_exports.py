@@ -49,6 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sparsegpt": {"lo_shift": 3, "prune": ["sparsegpt:0.5"]},
     "tiles": {"lo_shift": 3, "prune": ["tile:0.3"]},
     "int8": {"bits": 8},
+    "structured": {"lo_shift": 3, "prune": ["structured:0.2"]},
 }
 
 Follow = Callable[[Path, list[list[int]]], list[F32]]
@@ -134,7 +135,15 @@ def report(name: str, told: Told) -> None:
 
 @pytest.mark.parametrize(
     ("name", "point"),
-    [("gptq", "int4"), ("gptq", "int8"), ("sparsegpt", "int4"), ("tiles", "int4"), ("tiles", "int8"), ("int8", "int8")],
+    [
+        ("gptq", "int4"),
+        ("gptq", "int8"),
+        ("sparsegpt", "int4"),
+        ("tiles", "int4"),
+        ("tiles", "int8"),
+        ("int8", "int8"),
+        ("structured", "int4"),
+    ],
 )
 def test_llama_cpp_chooses_the_same_tokens(
     name: str, point: str, artifacts: Callable[[str], Path], held_out: list[int], llama_python: str, tmp_path: Path
@@ -191,7 +200,16 @@ def test_llama_cpp_understands_every_family(case: Case, llama_python: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "point"), [("gptq", "int4"), ("gptq", "int8"), ("sparsegpt", "int4"), ("tiles", "int4"), ("int8", "int8")]
+    ("name", "point"),
+    [
+        ("gptq", "int4"),
+        ("gptq", "int8"),
+        ("sparsegpt", "int4"),
+        ("tiles", "int4"),
+        ("int8", "int8"),
+        ("structured", "int4"),
+        ("structured", "int8"),
+    ],
 )
 def test_transformers_chooses_the_same_tokens(
     name: str, point: str, artifacts: Callable[[str], Path], held_out: list[int], tmp_path: Path

@@ -136,7 +136,7 @@ class _Recorder:
     def bound(self, shape: StepShape) -> float | None:
         return None
 
-    def margin(self, steps: int) -> float:
+    def margin(self, nanoseconds: float) -> float:
         return 1.0
 
     def idle(self) -> Cost:

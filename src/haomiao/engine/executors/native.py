@@ -50,6 +50,8 @@ class NativeExecutor:
         specs = [_point(name) for name in points]
         if len({spec.family for spec in specs}) != 1:
             raise InputError(f"points must be switchable, one family: {', '.join(points) or 'none given'}")
+        if "int4-w" in points:
+            raise InputError("int4-w runs on the torch executor (--device cuda), not on this one", param="point")
         if isa is not None and isa not in available():
             raise UnavailableError(f"isa {isa!r}: this machine can run {', '.join(available())}", param="isa")
         if threads is not None and threads < 1:

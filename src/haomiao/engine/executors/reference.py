@@ -66,7 +66,7 @@ class ReferenceExecutor:
         self.kv_type: KvType = kv_type or POINTS[self.points[0]].default_kv
         self.threads, self.isa = 1, "numpy"
         self._tensors, self._vectors = tensors, vectors
-        self._unpacked: dict[str, F64] = {}
+        self._unpacked: dict[tuple[str, str], F64] = {}
         check_weights(plan, tensors, vectors)
         shapes = [
             (kv_blocks, heads, KV_BLOCK_TOKENS, dim) for heads, dim in zip(plan.kv_heads, plan.head_dims, strict=True)
@@ -100,16 +100,19 @@ class ReferenceExecutor:
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
-    def linear(self, name: str, x: F32, planes: Planes, bias: str | None) -> F32:
-        """x Wᵀ (+ bias) by the rule of the weight's encoding and the point's planes."""
+    def linear(self, name: str, x: F32, planes: Planes, bias: str | None, wide: bool = False) -> F32:
+        """x Wᵀ (+ bias) by the rule of the weight's encoding and the point's planes. `wide`: codes meet activations of
+        16 bits (`int4-w`)."""
         packed = self._tensors[name]
         offset = None if bias is None else self._vectors[bias]
-        if packed.encoding in ("int8", "planes"):
-            read: Literal["hi", "hi+lo"] = "hi" if planes == "hi" else "hi+lo"
+        read: Literal["hi", "hi+lo"] = "hi" if planes == "hi" else "hi+lo"
+        coded = packed.encoding in ("int8", "planes")
+        if coded and not wide:
             return reference.linear(packed, x, read, bias=offset)
-        rounded = from_bf16(to_bf16(x)) if planes == "bf16" and packed.encoding == "bf16" else x
+        rounded = from_bf16(to_bf16(x)) if coded or (planes == "bf16" and packed.encoding == "bf16") else x
+        matrix = self._matrix(name, read)
         # row by row: what a token gets must not depend on how many others are in the step
-        y = np.stack([self._matrix(name) @ row for row in rounded.astype(np.float64)]).astype(np.float32)
+        y = np.stack([matrix @ row for row in rounded.astype(np.float64)]).astype(np.float32)
         return y if offset is None else y + offset
 
     def rows(self, name: str, indices: I32) -> F32:
@@ -122,10 +125,11 @@ class ReferenceExecutor:
         vector: F32 = self._vectors[name]
         return vector
 
-    def _matrix(self, name: str) -> F64:
-        if name not in self._unpacked:
-            self._unpacked[name] = unpack(self._tensors[name]).astype(np.float64)
-        return self._unpacked[name]
+    def _matrix(self, name: str, planes: Literal["hi", "hi+lo"] = "hi+lo") -> F64:
+        key = (name, planes)
+        if key not in self._unpacked:
+            self._unpacked[key] = unpack(self._tensors[name], planes).astype(np.float64)
+        return self._unpacked[key]
 
     # ---- K and V ----------------------------------------------------------------------------------------------------
 
@@ -231,7 +235,9 @@ class _Step:
         self.buffers[op.out] = y.astype(np.float32)
 
     def do_linear(self, op: ops.Linear) -> None:
-        self.buffers[op.out] = self.executor.linear(op.weight, self.buffers[op.source], self.point.planes, op.bias)
+        self.buffers[op.out] = self.executor.linear(
+            op.weight, self.buffers[op.source], self.point.planes, op.bias, self.point.activations == "bf16"
+        )
 
     def section(self, buffer: str, offset: int, heads: int, head_dim: int) -> F32:
         """A view [tokens, heads, head_dim] of a range of columns."""
@@ -289,7 +295,8 @@ class _Step:
         rows = self.buffers[op.source][self.batch.logit_rows]
         if rows.shape[0] == 0:
             return
-        logits = self.executor.linear(op.weight, rows, self.point.head, op.bias) * np.float32(op.scale)
+        wide = self.point.activations == "bf16"
+        logits = self.executor.linear(op.weight, rows, self.point.head, op.bias, wide) * np.float32(op.scale)
         self.logits = softcapped(logits, op.softcap).astype(np.float32)
 
 
