@@ -107,7 +107,7 @@ struct BoundRunner {
   }
 
   int64_t step(int64_t point, Ints token_ids, Ints span_starts, Ints past, IntTable block_tables, Ints logit_rows,
-               std::optional<Flags> greedy, OutFloats logits, OutInts argmax) {
+               std::optional<Flags> greedy, std::optional<IntTable> copies, OutFloats logits, OutInts argmax) {
     const Batch batch = {token_ids.data(),
                          static_cast<int64_t>(token_ids.size()),
                          span_starts.data(),
@@ -119,12 +119,15 @@ struct BoundRunner {
                          static_cast<int64_t>(block_tables.shape(1)),
                          logit_rows.data(),
                          static_cast<int64_t>(logit_rows.size()),
-                         greedy ? greedy->data() : nullptr};
+                         greedy ? greedy->data() : nullptr,
+                         copies ? copies->data() : nullptr,
+                         copies ? static_cast<int64_t>(copies->shape(0)) : 0};
     if (logits.shape(0) != logit_rows.size() || logits.shape(1) != static_cast<size_t>(vocab_size) ||
         argmax.size() != logit_rows.size()) {
       refuse("logits must be [rows, vocab] and argmax [rows]");
     }
     if (greedy && greedy->size() != logit_rows.size()) refuse("greedy must be [rows]");
+    if (copies && copies->shape(1) != 2) refuse("copies must be [n, 2]");
     int64_t elapsed = 0;
     std::string wrong;
     {
@@ -201,7 +204,8 @@ void bind_runtime(nb::module_& m) {
            "plan"_a, "isa"_a, "kv"_a, "kv_blocks"_a, "max_step_tokens"_a, "threads"_a, "pin"_a, "points"_a)
       .def("step", &BoundRunner::step, "point"_a, nb::arg("token_ids").noconvert(), nb::arg("span_starts").noconvert(),
            nb::arg("past").noconvert(), nb::arg("block_tables").noconvert(), nb::arg("logit_rows").noconvert(),
-           nb::arg("greedy").noconvert().none(), nb::arg("logits").noconvert(), nb::arg("argmax").noconvert())
+           nb::arg("greedy").noconvert().none(), nb::arg("copies").noconvert().none(), nb::arg("logits").noconvert(),
+           nb::arg("argmax").noconvert())
       .def("copy_blocks", &BoundRunner::copy_blocks, nb::arg("pairs").noconvert())
       .def(
           "profile", [](BoundRunner& r, bool on) { r.runner->profile(on); }, "on"_a)

@@ -200,6 +200,7 @@ void Runner::reserve_memory() {
 
   sequence_of_.resize(tokens);
   positions_.resize(tokens);
+  copies_from_.resize(tokens + 1);
   for (Attending* work : {&whole_, &tail_}) {
     work->tiles.reserve(tokens);  // a tile holds at least one token
     work->items.reserve(tokens + static_cast<size_t>(kItemsPerThread) * static_cast<size_t>(pool_.threads()) + 1);
@@ -259,6 +260,10 @@ void Runner::begin_step(const PointSpec& point, const Batch& batch, float* logit
       sequence_of_[static_cast<size_t>(t)] = s;
       positions_[static_cast<size_t>(t)] = int64_t{batch.past[s]} + t - batch.span_starts[s];
     }
+  }
+  for (int64_t t = 0, c = 0; batch.copy_count && t <= batch.tokens; ++t) {
+    while (c < batch.copy_count && batch.copies[2 * c] < t) ++c;
+    copies_from_[static_cast<size_t>(t)] = c;
   }
   plan_items();
   plan_screening();

@@ -212,6 +212,7 @@ class Runner {
   float* logits_ = nullptr;
   std::vector<int32_t> sequence_of_;  // [max tokens]
   std::vector<int64_t> positions_;    // [max tokens]
+  std::vector<int64_t> copies_from_;  // [max tokens + 1] the first copy of each token, if the step has any
   Attending whole_, tail_;            // of all tokens; of the rows whose logits are wanted
   bool short_tail_ = false;           // the last attention and what follows run for the logit rows alone
   bool screening_ = false;

@@ -154,6 +154,7 @@ class Runner:
         block_tables: npt.NDArray[Any],
         logit_rows: npt.NDArray[Any],
         greedy: npt.NDArray[Any] | None,
+        copies: npt.NDArray[Any] | None,
         logits: npt.NDArray[Any],
         argmax: npt.NDArray[Any],
     ) -> int: ...

@@ -102,8 +102,9 @@ class NativeExecutor:
         greedy = batch.greedy
         if greedy is not None and (greedy.dtype != np.bool_ or greedy.shape != rows.shape):
             raise InputError("greedy must be a bool array with an element for each logit row", param="greedy")
+        copies = None if batch.copies is None else _int32("copies", batch.copies, 2)
         try:
-            elapsed = runner.step(self.points.index(batch.point), *arrays, rows, greedy, logits, argmax)
+            elapsed = runner.step(self.points.index(batch.point), *arrays, rows, greedy, copies, logits, argmax)
         except ValueError as error:
             raise InputError(f"step: {error}") from None
         return StepResult(logits, argmax, elapsed)
