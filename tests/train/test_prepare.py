@@ -49,9 +49,7 @@ def test_every_epoch_takes_every_window_once(data: Path) -> None:
     count = (shards.tokens - 1) // length - 1
     firsts = [tuple(shards.batch(1, i, 1, length)[0]) for i in range(count)]
     stream = np.concatenate(shards._train)
-    epochs = [
-        {tuple(stream[o + i * length : o + (i + 1) * length + 1]) for i in range(count)} for o in range(length)
-    ]
+    epochs = [{tuple(stream[o + i * length : o + (i + 1) * length + 1]) for i in range(count)} for o in range(length)]
     assert set(firsts) in epochs
 
 

@@ -24,5 +24,6 @@ def take_device(name: str, threads: int | None) -> torch.device:
 def precise(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The context in which a forward pass runs."""
     if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+        context: AbstractContextManager[object] = torch.autocast(device.type, dtype=torch.bfloat16)
+        return context
     return nullcontext()
