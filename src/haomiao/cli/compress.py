@@ -56,7 +56,7 @@ def configure(parser: ArgumentParser) -> None:
     add("--damping", type=options.number, help="share of the Hessian's mean diagonal (default 0.01)")
     add("--awq", action="store_true", default=None, help="scale inputs by their magnitude, folded into neighbours")
     add("--rotate", action="store_true", default=None, help="rotate the residual stream, folded into the weights")
-    add("--prune", action="append", metavar="KIND:SHARE", help="tile:0.3, sparsegpt:0.5, wanda:2:4, ...")
+    add("--prune", action="append", metavar="KIND:SHARE", help="structured:0.3, layers:0.2, tile:0.3, wanda:2:4, ...")
     add("--allocation", type=options.one_of(("uniform", "owl")), help="how the share is spread over layers")
     add("--max-kl", type=options.number, help="drop second planes as long as the measured KL of int8 stays below")
     add(

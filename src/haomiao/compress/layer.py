@@ -68,9 +68,9 @@ def solve_layer(
 
 def _pruning(weights: F32, hessian: F64, recipe: Recipe, share: float | None) -> tuple[F32, B8 | None, Choose | None]:
     """The weights to be rounded, and the mask that is chosen ahead or the choice that is made on the way."""
-    if not recipe.prune:
+    prune = recipe.mask
+    if prune is None:
         return weights, None, None
-    prune = recipe.prune[0]
     part = prune.share if share is None else share
     if prune.kind == "tile":
         kept = keep_tiles(tile_costs(weights, hessian, recipe.group, recipe.damping), part)

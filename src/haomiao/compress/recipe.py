@@ -19,15 +19,21 @@ METHODS = ("rtn", "gptq")
 ORDERS = ("group", "static", "natural")
 ALLOCATIONS = ("uniform", "owl")
 PATTERNS = ("magnitude", "wanda", "sparsegpt")
+STRUCTURES = ("structured", "neurons", "heads", "groups", "layers")
 N_OF_M = re.compile(r"([1-9]\d?):([1-9]\d?)")
 MAX_FILE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Prune:
-    """One kind of pruning; `share` is the part that goes."""
+    """One kind of pruning; `share` is the part that goes.
 
-    kind: Literal["tile", "magnitude", "wanda", "sparsegpt"]
+    `neurons` of every FFN, query `heads` of every KV head, KV `groups` with their query heads, whole `layers`;
+    `structured`: heads and neurons, so that the share of the layers' weights goes. They make the model smaller. `tile`
+    and the patterns leave zeros where weights were.
+    """
+
+    kind: Literal["tile", "magnitude", "wanda", "sparsegpt", "structured", "neurons", "heads", "groups", "layers"]
     share: float
     pattern: tuple[int, int] | None = None
     """(n, m): n zeros in every m neighbouring columns of a row."""
@@ -58,6 +64,16 @@ class Recipe:
     length: int = 512
     held: int = 16
     """Samples kept for measuring the error."""
+
+    @property
+    def mask(self) -> Prune | None:
+        """The pruning that leaves zeros."""
+        return next((each for each in self.prune if each.kind not in STRUCTURES), None)
+
+    @property
+    def structured(self) -> tuple[Prune, ...]:
+        """The prunings that make the model smaller."""
+        return tuple(each for each in self.prune if each.kind in STRUCTURES)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; `recipe_of` reads it back."""
@@ -120,7 +136,7 @@ def read_recipe(path: str | Path, what: str = "recipe") -> dict[str, Any]:
 
 def parse_prune(text: Any, where: str = "prune") -> Prune:
     """`tile:0.3`, `sparsegpt:0.5`, `wanda:2:4`, `neurons:0.25`, ... Raises `InputError`."""
-    kinds = ("tile", *PATTERNS)
+    kinds = ("tile", *PATTERNS, *STRUCTURES)
     kind, _, amount = str(text).partition(":")
     if kind not in kinds or not amount:
         raise InputError(
@@ -193,13 +209,19 @@ def _number(name: str, value: Any, refuse: Any) -> Any:
 
 def _agree(recipe: Recipe, where: str) -> None:
     """What must not stand together."""
-    masks = recipe.prune
+    masks = [each for each in recipe.prune if each.kind not in STRUCTURES]
+    kinds = [each.kind for each in recipe.structured]
     if len(masks) > 1:
         raise InputError(f"{where}: prune may hold one of tile or a pattern", param="prune")
+    if len(set(kinds)) < len(kinds) or ("structured" in kinds and {"neurons", "heads", "groups"} & set(kinds)):
+        raise InputError(
+            f"{where}: prune may hold each of {', '.join(STRUCTURES)} once; structured is heads and neurons already",
+            param="prune",
+        )
     if masks and masks[0].kind in ("tile", "sparsegpt") and recipe.method == "rtn":
         raise InputError(f"{where}: {spell(masks[0])} needs method gptq: pruning and rounding are one", param="prune")
     if recipe.allocation == "owl" and not masks:
-        raise InputError(f"{where}: allocation owl needs something to prune", param="allocation")
+        raise InputError(f"{where}: allocation owl needs tiles or a pattern to prune", param="allocation")
     if recipe.max_kl is not None and (recipe.bits != 4 or not recipe.lo):
         raise InputError(f"{where}: max_kl needs bits 4 with a second plane", param="max_kl")
     if recipe.lo_shift is not None and (not recipe.lo or recipe.bits == 8):

@@ -30,8 +30,8 @@ class TorchExecutor:
     """Implements `types.Executor` in PyTorch.
 
     `tensors` and `vectors` are an artifact's, by the plan's weight names; `points` must be switchable (one family), and
-    `int4-w` is among those that nested planes can run at. Raises `ModelError`, `UnsupportedModelError`, `InputError` as the other executors do,
-    and `UnavailableError` if the device, or memory on it, is not there.
+    `int4-w` is among those that nested planes can run at. Raises `ModelError`, `UnsupportedModelError`, `InputError`
+    as the other executors do, and `UnavailableError` if the device, or memory on it, is not there.
     """
 
     def __init__(
