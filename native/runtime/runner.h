@@ -162,6 +162,7 @@ class Runner {
   }
   const int32_t* block_table(int sequence) const { return batch_.block_tables + sequence * batch_.table_columns; }
   Share share(int count, int unit, int thread) const;
+  Share share_tiles(const Weight& weight, int first, int unit, int thread) const;
   // Rows that a phase works on, and whether they are the logit rows, moved to the first places.
   bool is_tail(size_t phase) const { return short_tail_ && phase > last_attention_; }
   int rows_of(size_t phase) const { return static_cast<int>(is_tail(phase) ? batch_.rows : batch_.tokens); }

@@ -21,6 +21,7 @@ class Weight:
         lo_shift: int,
         hi: npt.NDArray[Any],
         lo: npt.NDArray[Any] | None,
+        kept: npt.NDArray[Any] | None = None,
     ) -> None: ...
 
 def prepare(isa: str, activation: str, x: npt.NDArray[Any], padded_cols: int) -> npt.NDArray[Any]: ...

@@ -213,7 +213,7 @@ def _hand_over_weight(
     t = tensors[name]
     if (t.rows, t.cols) != (spec.rows, spec.cols):
         raise ModelError(f"matrix {name!r} is [{t.rows}, {t.cols}], not [{spec.rows}, {spec.cols}]")
-    built.matrix(name, ENCODINGS.index(t.encoding), t.rows, t.cols, t.group, t.lo_shift, t.hi, t.lo)
+    built.matrix(name, ENCODINGS.index(t.encoding), t.rows, t.cols, t.group, t.lo_shift, t.hi, t.lo, t.kept)
 
 
 def _hand_over_op(built: _core.Plan, op: Any) -> None:
