@@ -1,4 +1,6 @@
-"""Compiles every kernel as `launch` launches it, for GPUs that need not be here: `python -m tests.engine.compile_kernels`.
+"""Compiles every kernel as `launch` launches it, for a GPU that need not be here.
+
+    TRITON_INTERPRET=0 python -m tests.engine.compile_kernels
 
 The kernels are replaced by recorders, so that the launches' own arguments decide what is compiled.
 """
@@ -84,7 +86,8 @@ def main() -> None:
     x, out, many = torch.zeros(1, 512), torch.zeros(1, 96), torch.zeros(20, 256)
     weight, ids = torch.zeros(256), torch.zeros(20, dtype=torch.int32)
     for encoding, point in (
-        ("f32", "full"), ("bf16", "bf16"), ("int8", "int8"), ("planes", "int8"), ("planes", "int4"), ("planes", "int4-w"),
+        ("f32", "full"), ("bf16", "bf16"), ("int8", "int8"),
+        ("planes", "int8"), ("planes", "int4"), ("planes", "int4-w"),
     ):  # fmt: skip
         planes = POINTS[point].planes
         for before in (launch.PLAIN, launch.Before(norm=weight, eps=1e-5), launch.Before(glu="silu")):
@@ -101,7 +104,12 @@ def main() -> None:
     launch.add(many, many)
     launch.greatest(ids[:1], torch.zeros(1, 10000))
     table = torch.zeros(128, 32)
-    for kv_type, dim, window, splits in (("f32", 64, 0, 1), ("bf16", 64, 0, 4), ("bf16", 128, 99, 1), ("int8", 96, 0, 4)):
+    for kv_type, dim, window, splits in (
+        ("f32", 64, 0, 1),
+        ("bf16", 64, 0, 4),
+        ("bf16", 128, 99, 1),
+        ("int8", 96, 0, 4),
+    ):
         heads = launch.Heads(
             8, 2, dim, 8 * dim, 10 * dim, 0.1, window, 5.0 if window else 0.0,
             eps=1e-5, q_norm=weight, k_norm=weight, q_rope=(table, table), k_rope=(table, table),

@@ -223,7 +223,12 @@ def test_attention(shape: Any, kv_type: Any, split: bool) -> None:
 STEPS = (
     ("llama-odd-bias", "full", "f32", 1e-4),
     ("gpt2-odd", "bf16", "bf16", 2e-2),
-    ("gemma3-v5", "int8", "int8", 5e-2),  # an activation code that falls the other way moves a logit by more than rounding
+    (
+        "gemma3-v5",
+        "int8",
+        "int8",
+        5e-2,
+    ),  # an activation code that falls the other way moves a logit by more than rounding
     ("phi3-short", "int4-w", "bf16", 2e-2),
 )
 
@@ -267,7 +272,7 @@ def test_a_step_of_many_sequences(tmp_path: Path, large_blocks: None) -> None:
             )
             for starts, rows in (([0, 1, 3], [0, 2]), ([0, 1, 6], [0, 4, 5])):
                 batch = StepBatch(
-                    np.arange(1, starts[-1] + 1, dtype=np.int32), np.array(starts, np.int32), np.array([0, 0], np.int32),
+                    np.arange(1, starts[-1] + 1, dtype=np.int32), np.array(starts, np.int32), np.zeros(2, np.int32),
                     np.array([[5, -1], [2, 3]], np.int32), np.array(rows, np.int32), "int4-w",
                     np.array([True] * (len(rows) - 1) + [False]),
                 )  # fmt: skip

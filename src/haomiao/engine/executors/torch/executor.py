@@ -63,19 +63,26 @@ class TorchExecutor:
             raise UnavailableError(
                 "the GPU's memory does not hold the weights and the KV blocks; lower kv_blocks"
             ) from None
-        self._begin(model, points, max_step_tokens, device == "cuda" if fast is None else fast)
+        self._begin(model, points, max_step_tokens, device == "cuda" if fast is None else fast, device == "cuda")
 
     @classmethod
     def of_model(
-        cls, model: DeviceModel, *, points: Sequence[str], max_step_tokens: int = 512, fast: bool = True
+        cls,
+        model: DeviceModel,
+        *,
+        points: Sequence[str],
+        max_step_tokens: int = 512,
+        fast: bool = True,
+        ahead: bool = False,
     ) -> TorchExecutor:
-        """An executor of a model that lies on the device already (benchmarks make random weights there)."""
+        """An executor of a model that lies on the device already (benchmarks make random weights there). `ahead`:
+        kernels are compiled and graphs captured now, not when they are first needed."""
         check_points(points)
         self = cls.__new__(cls)
-        self._begin(model, points, max_step_tokens, fast)
+        self._begin(model, points, max_step_tokens, fast, ahead)
         return self
 
-    def _begin(self, model: DeviceModel, points: Sequence[str], max_step_tokens: int, fast: bool) -> None:
+    def _begin(self, model: DeviceModel, points: Sequence[str], max_step_tokens: int, fast: bool, ahead: bool) -> None:
         self.plan = model.plan
         self.points = tuple(points)
         self.vocab_size = model.plan.vocab_size
@@ -95,7 +102,7 @@ class TorchExecutor:
             from haomiao.engine.executors.torch.fast import FastRunner
 
             self._fast = FastRunner(model, self.points, max_step_tokens)
-            if model.device.type == "cuda":
+            if ahead:
                 self._fast.prepare()
 
     def step(self, batch: StepBatch) -> StepResult:

@@ -1,8 +1,9 @@
-"""Steps with Triton kernels: a decode step is one captured CUDA graph, from the copy of its inputs to that of its tokens.
+"""Steps with Triton kernels: a decode step is one captured CUDA graph, from the copy of its inputs to that of its
+tokens.
 
 Steps of up to 64 tokens are padded to a bucket, for which a graph is captured on its second use (the first one compiles
-kernels) or ahead by `prepare`; longer ones are launched kernel by kernel. Without CUDA (Triton's interpreter) everything
-is launched. Knows stages and buffers; kernels behind `launch`.
+kernels) or ahead by `prepare`; longer ones are launched kernel by kernel. Without CUDA (Triton's interpreter)
+everything is launched. Knows stages and buffers; kernels behind `launch`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from haomiao.engine.executors.torch.lowering import AttentionStage, MatrixStage,
 from haomiao.engine.executors.torch.matrices import Tensor
 from haomiao.engine.executors.torch.model import DeviceModel
 from haomiao.models import plan as ops
-from haomiao.types import F32, I32, POINTS, Point, StepBatch
+from haomiao.types import F32, I32, KV_BLOCK_TOKENS, POINTS, Point, StepBatch
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Tokens for which graphs are captured."""
 CONTEXT_STEP = 4
 FIRST_CONTEXT = 1024
-"""Graphs are made for contexts of up to 1024 positions, 4096, and so on: programs of splits beyond a sequence's end cost."""
+"""Graphs are made for contexts of up to 1024 positions, 4096, and so on: programs of splits beyond a sequence's end
+cost time."""
 
 
 @dataclass
@@ -95,7 +97,7 @@ class FastRunner:
                     made = self._kept(point, bucket, context)
                     made.host_words.zero_()  # no token attends, and all write where nobody reads
                     slots = made.host_words[2 * bucket : 3 * bucket]
-                    slots.fill_(self.model.kv_blocks * step_inputs.KV_BLOCK_TOKENS)
+                    slots.fill_(self.model.kv_blocks * KV_BLOCK_TOKENS)
                     for _ in range(2):
                         self._run(point, made)
             self._wait()
@@ -115,12 +117,9 @@ class FastRunner:
 
     def _run(self, point: str, made: _Launch) -> None:
         """Replay, or launch; capture on the second use."""
-        if made.graph is not None:
-            made.graph.replay()
-            self.launches = 1
-            return
-        if self._cuda and made.used:
+        if made.graph is None and made.used and self._cuda:
             self._capture(point, made)
+        if made.graph is not None:
             made.graph.replay()
             self.launches = 1
             return

@@ -2,8 +2,8 @@
 
     tokens [T] | positions [T] | slots [T] | owners [T] | rows [R] | starts [B] | counts [B] | tables [S, W]
 
-T tokens, padded to what the launch is made for; padding tokens are position 0 of a block nobody reads. Knows sizes and the
-batch; no operations.
+T tokens, padded to what the launch is made for; padding tokens are position 0 of a block nobody reads. Knows sizes and
+the batch; no operations.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def prefill_size(batch: StepBatch) -> StepSize:
     lengths = np.diff(batch.span_starts)
     blocks = int((-(-lengths // PREFILL_QUERIES)).sum())
     width = max(1, int((-(-(batch.past + lengths) // KV_BLOCK_TOKENS)).max()))
-    return StepSize(
-        batch.tokens, int(batch.logit_rows.size), blocks, int(lengths.size), width, PREFILL_QUERIES, 1
-    )
+    return StepSize(batch.tokens, int(batch.logit_rows.size), blocks, int(lengths.size), width, PREFILL_QUERIES, 1)
 
 
 def fill(words: I32, size: StepSize, batch: StepBatch, padding_block: int) -> None:
@@ -78,7 +76,10 @@ def fill(words: I32, size: StepSize, batch: StepBatch, padding_block: int) -> No
         field[: values.size] = values
         field[values.size :] = rest
     starts = np.concatenate(
-        [np.arange(a, b, size.queries, dtype=np.int32) for a, b in zip(batch.span_starts, batch.span_starts[1:], strict=False)]
+        [
+            np.arange(a, b, size.queries, dtype=np.int32)
+            for a, b in zip(batch.span_starts, batch.span_starts[1:], strict=False)
+        ]
     )
     ends = batch.span_starts[1:][owners[starts]]
     fields[5][: starts.size] = starts

@@ -74,7 +74,12 @@ def _matrix(all_ops: Sequence[ops.Op], at: int, stages: list[Stage]) -> tuple[Ma
     before: ops.Norm | ops.Glu | None = None
     last = stages[-1] if stages else None
     fits = (isinstance(last, ops.Norm) and last.kind == "rms" and last.bias is None) or isinstance(last, ops.Glu)
-    if isinstance(last, ops.Norm | ops.Glu) and fits and last.out == op.source and not _read_later(all_ops, at, op.source):
+    if (
+        isinstance(last, ops.Norm | ops.Glu)
+        and fits
+        and last.out == op.source
+        and not _read_later(all_ops, at, op.source)
+    ):
         before = last
         stages.pop()
     if isinstance(op, ops.Linear) and at + 1 < len(all_ops):

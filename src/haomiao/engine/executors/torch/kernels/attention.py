@@ -1,4 +1,4 @@
-"""Paged attention: K and V are rotated and stored (`store`), queries meet them split by split (`attend`), splits are merged.
+"""Paged attention: K is rotated, K and V are stored (`store`), queries meet them split by split (`attend`, `merge`).
 
 K and V lie as `memory` keeps them; KV: 0 f32, 1 bf16, 2 int8 with a scale per token and head. A query is a row of some
 head of some token; queries of the heads that share K and V, and of neighbouring tokens of a sequence, are worked off
@@ -55,7 +55,8 @@ def store(
     K_NORM: tl.constexpr,
     KV: tl.constexpr,
 ):
-    """Norm and rotate q and k of a head; q goes to `q_out`, k and v into the blocks. Grid [tokens, HEADS + 2 KV_HEADS]."""
+    """Norm and rotate q and k of a head; q goes to `q_out`, k and v into the blocks.
+    Grid [tokens, HEADS + 2 KV_HEADS]."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + token).to(tl.int64)
     d = tl.arange(0, D)
@@ -68,7 +69,9 @@ def store(
         slot = tl.load(slots + token).to(tl.int64)
         if part < HEADS + KV_HEADS:
             head = part - HEADS
-            y = turned(base + k_offset + head * HEAD_DIM, k_norm, k_cos, k_sin, position, eps, d, HEAD_DIM, K_HALF, K_NORM)
+            y = turned(
+                base + k_offset + head * HEAD_DIM, k_norm, k_cos, k_sin, position, eps, d, HEAD_DIM, K_HALF, K_NORM
+            )
             keep(k, k_scales, y, slot, head, d, KV_HEADS, HEAD_DIM, KV)
         else:
             head = part - HEADS - KV_HEADS
@@ -77,9 +80,7 @@ def store(
 
 
 @triton.jit
-def turned(
-    x, weight, cos, sin, position, eps, d, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr
-):
+def turned(x, weight, cos, sin, position, eps, d, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr):
     """A head, normed and rotated in halves of its first 2 HALF channels."""
     inside = d < HEAD_DIM
     y = tl.load(x + d, mask=inside, other=0.0)

@@ -1,7 +1,8 @@
 """Linear layers that read codes: a matrix times one token (`gemv`), and times up to some hundred (`gemm`).
 
-Weights as `matrices` lays them out. ENCODING: 0 f32, 1 bf16, 2 int8, 3 the hi plane, 4 both planes. ROUND says what becomes
-of activations: 0 nothing, 1 bf16, 2 codes of 8 bits per group of 32 (docs/ARCHITECTURE.md, section 6). Sums are float32.
+Weights as `matrices` lays them out. ENCODING: 0 f32, 1 bf16, 2 int8, 3 the hi plane, 4 both planes. ROUND says what
+becomes of activations: 0 nothing, 1 bf16, 2 codes of 8 bits per group of 32 (docs/ARCHITECTURE.md, section 6). Sums are
+float32.
 """
 
 from __future__ import annotations

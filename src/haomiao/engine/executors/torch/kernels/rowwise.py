@@ -9,7 +9,9 @@ from haomiao.engine.executors.torch.kernels.linear import activated, nibble_code
 
 
 @triton.jit
-def table_row(hi, lo, scales, row, cols, K, padded, ENCODING: tl.constexpr, GROUP: tl.constexpr, LO_SHIFT: tl.constexpr):
+def table_row(
+    hi, lo, scales, row, cols, K, padded, ENCODING: tl.constexpr, GROUP: tl.constexpr, LO_SHIFT: tl.constexpr
+):
     """Row `row` of a table, f32, all stored planes read."""
     inside = cols < K
     if ENCODING >= 3:
