@@ -278,7 +278,12 @@ def test_a_step_of_many_sequences(tmp_path: Path, large_blocks: None) -> None:
                 )  # fmt: skip
                 result = executor.step(batch)
                 found.append((which, result.logits[-1].copy(), result.argmax))
-    for ours, theirs in zip(found[:2], found[2:], strict=True):
+            # the second sequence goes on from a copy of the first one's token, written in the same step
+            batch.past, batch.copies = np.array([0, 1], np.int32), np.array([[0, 2]], np.int32)
+            batch.logit_rows, batch.greedy = np.array([5], np.int32), None
+            result = executor.step(batch)
+            found.append((which, result.logits[-1].copy(), result.argmax))
+    for ours, theirs in zip(found[:3], found[3:], strict=True):
         assert relative_error(ours[1], theirs[1]) <= 2e-2
         np.testing.assert_array_equal(ours[2], theirs[2])
 

@@ -19,10 +19,11 @@ import numpy as np
 
 from haomiao.compress.calibrate import disk_errors
 from haomiao.errors import InputError, ModelError
-from haomiao.kernels.packed import ENCODINGS, PackedTensor, tile_bytes
+from haomiao.kernels.pack import unpack
+from haomiao.kernels.packed import ENCODINGS, TILE_ROWS, PackedTensor, tile_bytes
 from haomiao.load.jsonfile import parse_object
 from haomiao.load.safetensors import SafetensorsFile
-from haomiao.types import F32
+from haomiao.types import F32, I32
 
 RUN_FILE = "run.json"
 LOCK_FILE = "lock"
@@ -128,6 +129,22 @@ class Workspace:
     def vector(self, name: str) -> F32:
         """A vector as the last stage left it."""
         return next(s for s in reversed(self._ordered()) if name in s.vectors).vectors[name]
+
+    def rows(self, name: str, ids: I32) -> F32:
+        """Rows [ids] of a table as it is stored, float32: only their tiles are unpacked."""
+        table = self.tensor(name)
+        tiles, where = np.unique(ids // TILE_ROWS, return_inverse=True)
+        part = PackedTensor(
+            table.encoding,
+            len(tiles) * TILE_ROWS,
+            table.cols,
+            table.group,
+            table.lo_shift,
+            table.hi.reshape(table.tiles, -1)[tiles].reshape(-1),
+            None if table.lo is None else table.lo.reshape(table.tiles, -1)[tiles].reshape(-1),
+        )
+        found: F32 = unpack(part)[where * TILE_ROWS + ids % TILE_ROWS]
+        return found
 
     def logs(self) -> list[dict[str, Any]]:
         """The log lines of all stages that have one, in order."""

@@ -17,6 +17,7 @@ import torch
 
 from haomiao.engine.executors.torch import inputs as step_inputs
 from haomiao.engine.executors.torch import launch
+from haomiao.engine.executors.torch.copies import copied_slots
 from haomiao.engine.executors.torch.inputs import StepInputs, StepSize
 from haomiao.engine.executors.torch.lowering import AttentionStage, MatrixStage, lower
 from haomiao.engine.executors.torch.matrices import Tensor
@@ -44,6 +45,8 @@ class _Launch:
     host_argmax: Tensor  # int32, pinned
     graph: Any = None
     used: bool = False
+    copies: Tensor | None = None
+    """Slots int64 [2, copies]: a step that copies K and V (`StepBatch.copies`) is launched, not replayed."""
 
 
 class FastRunner:
@@ -74,12 +77,14 @@ class FastRunner:
         """Logits [rows, vocab] (of a step of greedy rows alone, unspecified) and the places of their greatest."""
         rows = int(batch.logit_rows.size)
         with torch.inference_mode():
-            if batch.tokens <= BUCKETS[-1]:
+            copied = copied_slots(batch)
+            if batch.tokens <= BUCKETS[-1] and copied is None:
                 made = self._launch_for(batch)
                 step_inputs.fill(made.host_words.numpy(), made.size, batch, self.model.kv_blocks)
                 self._run(batch.point, made)
             else:
                 made = self._made(step_inputs.prefill_size(batch))
+                made.copies = None if copied is None else torch.from_numpy(copied).to(self.model.device)
                 step_inputs.fill(made.host_words.numpy(), made.size, batch, self.model.kv_blocks)
                 self._eager(POINTS[batch.point], made)
             whole = batch.greedy is None or not bool(batch.greedy.all())
@@ -224,6 +229,8 @@ class FastRunner:
                     width = shape.heads * shape.head_dim
                     q = self._q[: tokens * width].view(tokens, width)
                     launch.store(q, buffers[stage.op.qkv], memory, given.positions, given.slots, shape)
+                    if made.copies is not None:
+                        memory.copy_slots(*made.copies)
                     launch.attend(buffers[stage.op.out], q, memory, given.queries, shape)
                     self.launches += 1 + (given.queries.splits > 1)
                 case ops.Embed():
