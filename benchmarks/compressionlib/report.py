@@ -76,8 +76,9 @@ def table(records: dict[str, dict[str, Any]], times: dict[str, dict[str, float]]
     for name, point, f, ms in rows(records, times):
         speed = "" if ms is None else f"{ms:.2f}"
         mark = "**" if (name, point) in front(records) else ""
+        words = f"{mark}{title(name, language)}{mark}"
         lines.append(
-            f"| {mark}{title(name, language)}{mark} | {point} | {f['kl_mean']:.5f} ± {f['kl_pm']:.5f} | {f['kl_p99']:.3f} | "
+            f"| {words} | {point} | {f['kl_mean']:.5f} ± {f['kl_pm']:.5f} | {f['kl_p99']:.3f} | "
             f"{100 * f['top1']:.1f} % | {f['perplexity']:.1f} | {f['bytes'] / 1e6:.2f} | {speed} |"
         )
     return "\n".join(lines)
@@ -129,7 +130,8 @@ def draw(records: dict[str, dict[str, Any]], heading: str) -> str:
     bottom = HEIGHT - BOTTOM
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'role="img"><title>{escape(heading)}</title><style>{STYLE}</style><text x="{LEFT}" y="18">{escape(heading)}</text>'
+        f'role="img"><title>{escape(heading)}</title><style>{STYLE}</style>'
+        f'<text x="{LEFT}" y="18">{escape(heading)}</text>'
         f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>{"".join(parts)}'
         f'<text class="small" x="{WIDTH / 2:.0f}" y="{HEIGHT - 10}" text-anchor="middle">megabytes of weights a step '
         "reads; up: KL from the original, nats a token (log)</text></svg>\n"
