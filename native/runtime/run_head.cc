@@ -20,7 +20,7 @@ void Runner::run(const LogitsPhase& phase, size_t index, int thread) {
   const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
   std::fill(memory.best_at, memory.best_at + rows, kNone);
   if (screening_) return screen(phase, prepared, thread);
-  const Share tiles = share(tiles_of(w), 1, thread);
+  const Share tiles = share_tiles(w, 0, 1, thread);
   if (tiles.begin == tiles.end) return;
   const Activation kind = activation_of(w);
   const int stretch = stretch_of(w, rows);

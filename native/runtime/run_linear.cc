@@ -53,7 +53,7 @@ void Runner::run(const LinearPhase& phase, size_t index, int thread) {
   const int first_tile = index + 1 == last_attention_ ? skipped_tiles(phase) : 0;
   const RowSource source = {phase.normed_by == kNone ? op.source : phase.norm_source, phase.normed_by, nullptr};
   const uint8_t* activations = prepare(source, w, tokens, thread).activations;
-  const Share tiles = share(tiles_of(w) - first_tile, phase.unit, thread);
+  const Share tiles = share_tiles(w, first_tile, phase.unit, thread);
   const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
   const Activation kind = activation_of(w);
   const int stretch = stretch_of(w, tokens);

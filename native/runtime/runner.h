@@ -162,6 +162,7 @@ class Runner {
   }
   const int32_t* block_table(int sequence) const { return batch_.block_tables + sequence * batch_.table_columns; }
   Share share(int count, int unit, int thread) const;
+  Share share_tiles(const Weight& weight, int first, int unit, int thread) const;
   // Rows that a phase works on, and whether they are the logit rows, moved to the first places.
   bool is_tail(size_t phase) const { return short_tail_ && phase > last_attention_; }
   int rows_of(size_t phase) const { return static_cast<int>(is_tail(phase) ? batch_.rows : batch_.tokens); }
@@ -211,6 +212,7 @@ class Runner {
   float* logits_ = nullptr;
   std::vector<int32_t> sequence_of_;  // [max tokens]
   std::vector<int64_t> positions_;    // [max tokens]
+  std::vector<int64_t> copies_from_;  // [max tokens + 1] the first copy of each token, if the step has any
   Attending whole_, tail_;            // of all tokens; of the rows whose logits are wanted
   bool short_tail_ = false;           // the last attention and what follows run for the logit rows alone
   bool screening_ = false;

@@ -78,6 +78,9 @@ class StepBatch:
     greedy: B8 | None = None
     """[rows] True where only the argmax is wanted, so that the executor may screen the head; that row's logits are then
     unspecified. None: every row is wanted whole."""
+    copies: I32 | None = None
+    """[copies, 2] (index into token_ids, KV block), ascending by token: K and V of the token go into that block too, at
+    the same place. So a span may go on from another of the same step with a copy of its last block. None: none."""
 
     @property
     def tokens(self) -> int:

@@ -163,7 +163,8 @@ def test_a_model_can_only_grow(trained: Path) -> None:
 
 def test_orthogonalization_brings_singular_values_near_one() -> None:
     values = torch.linalg.svdvals(orthogonal(torch.randn(24, 40, generator=torch.Generator().manual_seed(1))))
-    assert float(values.min()) > 0.4 and float(values.max()) < 1.4
+    assert float(values.min()) > 0.4
+    assert float(values.max()) < 1.4
 
 
 def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

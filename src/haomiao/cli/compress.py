@@ -24,7 +24,7 @@ LO_SHIFTS = ("2", "3", "4", "auto")
 METHODS = ("rtn", "gptq")
 FORMATS = ("haomiao", "compressed-tensors", "gguf")
 CALIBRATED = (
-    *("bits", "order", "damping", "awq", "rotate", "prune", "allocation", "max_kl"),
+    *("bits", "order", "damping", "awq", "rotate", "prune", "allocation", "max_kl", "target_ms"),
     *("text", "samples", "length", "held", "restart", "threads"),
 )
 """Flags that only a calibrated compression has."""
@@ -68,6 +68,7 @@ def configure(parser: ArgumentParser) -> None:
     add("--prune", action="append", metavar="KIND:SHARE", help="structured:0.3, layers:0.2, tile:0.3, wanda:2:4, ...")
     add("--allocation", type=options.one_of(("uniform", "owl")), help="how the share is spread over layers")
     add("--max-kl", type=options.number, help="drop second planes as long as the measured KL of int8 stays below")
+    add("--target-ms", type=options.number, help="search for the most accurate model with so fast a decode step")
     add(
         "--text",
         action="append",
@@ -88,7 +89,8 @@ def run(args: Namespace) -> int:
         raise InputError("--round-tables belongs to --format gguf", param="--round-tables")
     if args.format in ("compressed-tensors", "gguf"):
         return export(args, model)
-    out = convert_only(args, model) if args.method is None and args.recipe is None else calibrated(args, model)
+    plain = args.method is None and args.recipe is None and not searches(args)
+    out = convert_only(args, model) if plain else calibrated(args, model)
 
     from haomiao.cli.models import describe_artifact
 
@@ -126,6 +128,11 @@ def export(args: Namespace, model: str) -> int:
         counts = ", ".join(f"{count} {name}" for name, count in types.items())
         terminal.note(f"{out}: {args.format}, {point}{f' ({counts})' if counts else ''}")
     return 0
+
+
+def searches(args: Namespace) -> bool:
+    """True if a limit is given that is searched for: a time, or an error without a method that is to meet it."""
+    return args.target_ms is not None or (args.max_kl is not None and args.method is None and args.recipe is None)
 
 
 def write_export(artifact: Artifact, out: Path, point: str, args: Namespace) -> dict[str, int]:
@@ -183,7 +190,8 @@ def calibrated(args: Namespace, model: str) -> Path:
 
     from haomiao.compress.recipe import read_recipe, recipe_of
 
-    recipe = recipe_of({**(read_recipe(args.recipe) if args.recipe else {}), **flags(args)})
+    read = read_recipe(args.recipe) if args.recipe else {}
+    recipe = recipe_of({**read, **flags(args), **({"search": True} if searches(args) else {})})
 
     from haomiao.cli.models import open_checkpoint, open_tokenizer
     from haomiao.compress.job import compress
@@ -201,9 +209,23 @@ def calibrated(args: Namespace, model: str) -> Path:
                 restart=bool(args.restart),
                 threads=args.threads,
                 progress=bar,
+                tell=None if args.quiet and not args.json else lambda point: show_point(point, args.json),
             )
         finally:
             source.close()
+
+
+def show_point(point: dict[str, Any], as_json: bool) -> None:
+    """One point of a search's way, as it is found."""
+    if as_json:
+        terminal.write_json({"point": point})
+        return
+    levels = ", ".join(f"{count} {level}" for level, count in point["matrices"].items())
+    shape = f"{point['layers']} layers" + (f" of {point['neurons']} neurons" if "neurons" in point else "")
+    terminal.note(
+        f"{point['ms']:8.3f} ms/token  KL {point['kl']:.5f} [{point['kl_low']:.5f}, {point['kl_high']:.5f}]  "
+        f"{point['mb']:.2f} MB  {shape}; {levels}  ({point['step']})"
+    )
 
 
 def flags(args: Namespace) -> dict[str, Any]:

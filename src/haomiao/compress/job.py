@@ -31,6 +31,7 @@ from haomiao.compress.quantize.rotate import Rotation
 from haomiao.compress.recipe import Recipe
 from haomiao.compress.reference import Reference
 from haomiao.compress.shrink import original_name, renamed, without_layers
+from haomiao.compress.solver import F64
 from haomiao.compress.text import Samples, read_texts, take_samples
 from haomiao.compress.width import Behind, Width
 from haomiao.compress.workspace import Workspace, digest
@@ -65,12 +66,14 @@ def compress(
     restart: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    tell: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
     """Compress `source` by `recipe` into the artifact directory `out` and return it.
 
     `encode` is the model's tokenizer; `samples` stands in for it and for the recipe's text. Progress counts
-    multiply-adds, so that time left can be told. Run again after an interruption, it goes on (`OUT.partial`); `restart`
-    begins anew. Raises `InputError`, `ModelError`, and `UnavailableError` if the disk is full: nothing is lost then.
+    multiply-adds, so that time left can be told; a search calls `tell` with every point (`search.run`). Run again after
+    an interruption, it goes on (`OUT.partial`); `restart` begins anew. Raises `InputError`, `ModelError`, and
+    `UnavailableError` if the disk is full: nothing is lost then.
     """
     if samples is None:
         if encode is None:
@@ -91,8 +94,13 @@ def compress(
     ):
         layers = layers_left(source, recipe, samples.calibration, work, threads=threads, progress=progress)
         job = Job(source, recipe, samples, work, layers=layers, threads=threads, progress=progress)
-        job.solve()
-        job.write(out, overwrite)
+        if recipe.search:
+            from haomiao.compress.search.run import search
+
+            search(job, out, overwrite, tell)
+        else:
+            job.solve()
+            job.write(out, overwrite)
         work.remove()
     return out
 
@@ -101,6 +109,9 @@ def check_target(out: Path, overwrite: bool) -> None:
     """Refuse before any work what the artifact's writer would refuse after it."""
     if (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise InputError(f"{out} exists already; nothing was written", param="output")
+
+
+Besides = Callable[[str, F32, F64], tuple[dict[str, PackedTensor], dict[str, F32]]]
 
 
 class Job:
@@ -143,6 +154,8 @@ class Job:
         self.stages = stages(self.plan)
         self.stream = Stream(self.plan, samples.calibration, work.folder, "calibration")
         self._progress = progress
+        self.besides: Besides | None = None
+        """What else a layer's stage keeps, made from its matrix and second moments (a search's levels)."""
         self._doing = "preparing"
         self._done, self._total = 0.0, self._all_work()
         self._solved = lru_cache(maxsize=2)(self._unpacked)
@@ -164,6 +177,8 @@ class Job:
                 self._solve_stage(name, stage, weights)
             self.reference.advance(self._original_stages(index))
             self._count(stage.weight, self._stage_work(stage), whole=True)
+        if self.recipe.search:
+            return
         if self.recipe.max_kl is not None and not self.work.done("9000"):
             self._drop_planes(self.recipe.max_kl)
         if not self.work.done("9999"):
@@ -235,11 +250,15 @@ class Job:
                 weights = weights * scaled.factors
                 hessian /= np.outer(scaled.factors, scaled.factors)
         share = self.work.log(SURVEY)["shares"][stage.weight] if self.recipe.allocation == "owl" else None
+        tensors: dict[str, PackedTensor] = {}
+        if self.besides is not None:
+            tensors, more = self.besides(stage.weight, weights, hessian)
+            vectors |= more
         packed, log = solve_layer(weights, hessian, self.recipe, stage.weight, share)
         log = {"weight": stage.weight, "tokens": moments.tokens, **log, **pruned}
         if scaled.alpha is not None:
             log["awq_alpha"] = scaled.alpha
-        self.work.save(name, {**scaled.tensors, stage.weight: packed}, {**vectors, **scaled.vectors}, log)
+        self.work.save(name, {**tensors, **scaled.tensors, stage.weight: packed}, {**vectors, **scaled.vectors}, log)
         self._solved.cache_clear()
 
     def _original_stages(self, index: int) -> int:
@@ -319,13 +338,12 @@ class Job:
                 else:
                     writer.add_tensor(spec.name, self.work.tensor(spec.name))
             carry_files(self.source, writer)
-            writer.finish(self.meta())
+            writer.finish(self.meta(self.work.log("9999")["errors"]))
 
-    def meta(self) -> dict[str, Any]:
-        """The artifact's meta section."""
+    def meta(self, errors: Mapping[str, Any]) -> dict[str, Any]:
+        """The artifact's meta section, given the figures of its points."""
         text = self.samples.described
-        errors = self.work.log("9999")["errors"]
-        log = [line for line in self.work.logs() if "errors" not in line]
+        log = [line for line in self.work.logs() if "errors" not in line and "measured" not in line]
         return {
             "config": self.config,
             "family": self.plan.family,
@@ -375,6 +393,10 @@ class Job:
             self._done = sum(self._stage_work(s) for s in self.stages[: upto + 1])
         else:
             self._done += amount
+        self._tell(what)
+
+    def say(self, what: str) -> None:
+        """Tell progress what is being done, without any advance."""
         self._tell(what)
 
     def _tell(self, what: str | None = None) -> None:

@@ -56,9 +56,17 @@ class Recipe:
     awq: bool = False
     rotate: bool = False
     prune: tuple[Prune, ...] = ()
+    joint: bool = True
+    """False: masks are chosen and made up for first, and what is left is quantized as if it had always been so. For
+    comparison; only recipes say it."""
     allocation: Literal["uniform", "owl"] = "uniform"
     max_kl: float | None = None
-    """Drop second planes, the least useful first, as long as the measured KL of `int8` stays below."""
+    """Drop second planes, the least useful first, as long as the measured KL of `int8` stays below. In a search: find
+    the fastest model whose KL stays below."""
+    search: bool = False
+    """Over bits, tiles, width and depth, by measured error and time, towards `target_ms` or `max_kl` or both."""
+    target_ms: float | None = None
+    """Of a decode step of one token."""
     text: tuple[str, ...] = ()
     samples: int = 128
     length: int = 512
@@ -87,6 +95,7 @@ KEYS = {f.name: f for f in dataclasses.fields(Recipe)}
 RANGES: Mapping[str, tuple[float, float]] = {
     "damping": (0.0, 10.0),
     "max_kl": (0.0, 100.0),
+    "target_ms": (1e-3, 1e6),
     "samples": (1, 65536),
     "length": (16, 1 << 17),
     "held": (1, 4096),
@@ -176,7 +185,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
     elif name in numbers:
         if type(value) is not int or value not in numbers[name]:
             raise refuse(f"one of {', '.join(map(str, numbers[name]))}")
-    elif name in ("lo", "awq", "rotate"):
+    elif name in ("lo", "awq", "rotate", "joint", "search"):
         if type(value) is not bool:
             raise refuse("true or false")
     elif name == "lo_shift":
@@ -198,9 +207,9 @@ def _checked(name: str, value: Any, where: str) -> Any:
 
 def _number(name: str, value: Any, refuse: Any) -> Any:
     low, high = RANGES[name]
-    if name == "max_kl" and value is None:
+    if name in ("max_kl", "target_ms") and value is None:
         return None
-    whole = name not in ("damping", "max_kl")
+    whole = name not in ("damping", "max_kl", "target_ms")
     fits = type(value) is int if whole else type(value) in (int, float)
     if not fits or not low <= value <= high:
         raise refuse(f"a {'whole ' if whole else ''}number from {low:g} to {high:g}")
@@ -218,10 +227,22 @@ def _agree(recipe: Recipe, where: str) -> None:
             f"{where}: prune may hold each of {', '.join(STRUCTURES)} once; structured is heads and neurons already",
             param="prune",
         )
-    if masks and masks[0].kind in ("tile", "sparsegpt") and recipe.method == "rtn":
+    if not masks and not recipe.joint:
+        raise InputError(f"{where}: joint: false needs tiles or a pattern to prune", param="joint")
+    if masks and masks[0].kind in ("tile", "sparsegpt") and recipe.method == "rtn" and recipe.joint:
         raise InputError(f"{where}: {spell(masks[0])} needs method gptq: pruning and rounding are one", param="prune")
     if recipe.allocation == "owl" and not masks:
         raise InputError(f"{where}: allocation owl needs tiles or a pattern to prune", param="allocation")
+    if recipe.search:
+        if recipe.target_ms is None and recipe.max_kl is None:
+            raise InputError(f"{where}: a search needs target_ms or max_kl", param="search")
+        if recipe.prune or recipe.awq or recipe.bits != 4 or not recipe.lo or recipe.method != "gptq":
+            raise InputError(
+                f"{where}: a search chooses bits, planes and pruning itself, with method gptq and without awq",
+                param="search",
+            )
+    elif recipe.target_ms is not None:
+        raise InputError(f"{where}: target_ms needs search: true", param="target_ms")
     if recipe.max_kl is not None and (recipe.bits != 4 or not recipe.lo):
         raise InputError(f"{where}: max_kl needs bits 4 with a second plane", param="max_kl")
     if recipe.lo_shift is not None and (not recipe.lo or recipe.bits == 8):

@@ -32,7 +32,9 @@ class Work:
     length: int = 0
     """Tokens in KV."""
     width: int = 1
-    """Tokens in each step of decoding: samples, or all options of a choice."""
+    """Tokens in each step of decoding: samples, or sequences beside the prompt's own for a choice."""
+    rows: int = 1
+    """Rows of logits in the step that ends its prefill."""
     top: int = 0
     """Index in the ladder of the most accurate point it may run at."""
     bottom: int = 0
@@ -195,7 +197,7 @@ class _Parts:
             if tokens <= 0:
                 break
             chunks.append((going, tokens))
-            self.add(going, tokens, rows=1 if tokens == going.prefill else 0)
+            self.add(going, tokens, rows=going.work.rows if tokens == going.prefill else 0)
             room -= tokens
         return chunks
 

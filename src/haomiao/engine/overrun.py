@@ -43,10 +43,12 @@ RESTED = 1.5
 """Bound / expectation that no rest brings down."""
 KEPT_STEPS, KEPT_NS = 2048, 30e9
 """The past that counts."""
-ENOUGH = 48
+ENOUGH = 24
 """Overlapping runs before their quantile is believed."""
 EVERY = 8
 """Steps between two looks at one horizon; they take turns."""
+EARLY = 256
+"""Steps after which they do."""
 RATE = 0.1
 
 
@@ -77,8 +79,10 @@ class Overrun:
         self._ease = min(1.0, self._ease + 1 / 32)
         self._keep(fitted_ns, actual_ns, slowness)
         self._count += 1
-        if self._count % EVERY == 0 or self._count <= len(self._horizons):
-            self._look(self._horizons[self._count // EVERY % len(self._horizons)])
+        if self._count % EVERY == 0:
+            turn = self._count // EVERY % len(self._horizons)
+            for horizon in self._horizons if self._count <= EARLY else self._horizons[turn : turn + 1]:
+                self._look(horizon)
             self._refresh()
 
     def prime(self, steps: Sequence[tuple[float, float]]) -> None:
@@ -134,7 +138,7 @@ class Overrun:
         begin = max(begin, int(np.searchsorted(self._actual[: self._end], self._actual[self._end] - KEPT_NS)))
         fitted, actual = self._fitted[begin : self._end + 1], self._actual[begin : self._end + 1]
         slowness = self._slowness[begin : self._end]
-        starts = np.arange(0, len(slowness), STRIDE if horizon.length else 1)
+        starts = np.arange(0, len(slowness), STRIDE if len(slowness) > EARLY else 1)
         ends = starts + 1
         if horizon.length:
             ends = np.maximum(np.searchsorted(fitted, fitted[starts] + horizon.length / slowness[starts]), ends)

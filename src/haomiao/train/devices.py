@@ -23,6 +23,7 @@ def take_device(name: str, threads: int | None) -> torch.device:
 
 def precise(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The context in which a forward pass runs."""
+    context: AbstractContextManager[object] = nullcontext()
     if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
+        context = torch.autocast(device.type, dtype=torch.bfloat16)
+    return context

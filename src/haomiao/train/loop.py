@@ -40,7 +40,7 @@ class Task(Protocol):
         ...
 
     def validate(self) -> dict[str, float]:
-        """Figures of the weights as they are; `loss` is the one that must fall."""
+        """Figures of the weights as they are."""
         ...
 
 
@@ -54,6 +54,8 @@ class Rhythm:
     patience: int = 0
     """Validations without improvement after which the run ends; 0: never. The best weights are kept then."""
     clip: float = 1.0
+    judge: str = "loss"
+    """The figure of `Task.validate` that must fall."""
     stop_after: int | None = None
     """End after this many steps of this process, as if it had been asked to."""
 
@@ -136,9 +138,9 @@ class Loop:
     def _validate(self) -> None:
         figures = self.task.validate()
         self._note({f"valid_{name}": value for name, value in figures.items()})
-        loss = figures["loss"]
-        if self.memory["best"] is None or loss < self.memory["best"]:
-            self.memory |= {"best": loss, "worse": 0}
+        judged = figures[self.rhythm.judge]
+        if self.memory["best"] is None or judged < self.memory["best"]:
+            self.memory |= {"best": judged, "worse": 0}
             if self.rhythm.patience:
                 self.best = {name: weight.detach().clone() for name, weight in self.weights.items()}
         else:

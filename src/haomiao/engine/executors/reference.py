@@ -191,6 +191,19 @@ def check_batch(batch: StepBatch, executor: Any) -> None:
     rows = batch.logit_rows
     if rows.size and (rows.min() < 0 or rows.max() >= tokens or (np.diff(rows) < 1).any()):
         raise InputError("logit_rows must ascend within the step's tokens")
+    if batch.copies is not None:
+        check_copies(batch.copies, tokens, executor.kv_blocks)
+
+
+def check_copies(copies: I32, tokens: int, kv_blocks: int) -> None:
+    """Refuse copies of K and V that are not there."""
+    if copies.ndim != 2 or copies.shape[1] != 2 or (np.diff(copies[:, 0]) < 0).any():
+        raise InputError("copies must be [n, 2], ascending by token")
+    if copies.size and not (
+        0 <= copies[:, 0].min() <= copies[:, 0].max() < tokens
+        and 0 <= copies[:, 1].min() <= copies[:, 1].max() < kv_blocks
+    ):
+        raise InputError("copies name tokens or KV blocks that are not there")
 
 
 class _Step:
@@ -270,11 +283,17 @@ class _Step:
         k = self.section(op.qkv, op.k_offset, op.kv_heads, op.head_dim)
         v = self.section(op.qkv, op.v_offset, op.kv_heads, op.head_dim)
         out = np.zeros((self.batch.tokens, op.heads * op.head_dim), np.float32)
+        spans = []
         for span in range(self.batch.past.size):
             table = self.batch.block_tables[span]
             tokens = range(int(self.batch.span_starts[span]), int(self.batch.span_starts[span + 1]))
+            spans.append((table, tokens))
             for t in tokens:
                 self.executor.write_kv(op.layer, table, int(self.positions[t]), k[t], v[t])
+        for t, block in () if self.batch.copies is None else self.batch.copies:
+            anywhere = np.full(int(self.positions[t]) // KV_BLOCK_TOKENS + 1, block, np.int32)
+            self.executor.write_kv(op.layer, anywhere, int(self.positions[t]), k[t], v[t])
+        for table, tokens in spans:
             for t in tokens:
                 keys, values = self.executor.read_kv(op.layer, table, int(self.positions[t]) + 1)
                 out[t] = attend(op, q[t], keys, values, self.executor.kv_type).reshape(-1)

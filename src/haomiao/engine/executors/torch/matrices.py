@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from haomiao.kernels.pack import whole
 from haomiao.kernels.packed import TILE_ROWS, Encoding, PackedTensor, tile_bytes
 from haomiao.types import U8, Planes
 
@@ -71,7 +72,8 @@ class DeviceMatrix:
 
 
 def place(packed: PackedTensor, device: torch.device) -> DeviceMatrix:
-    """A matrix in kernel layout, on the device."""
+    """A matrix in kernel layout, on the device; a tile mask's empty groups are filled in."""
+    packed = whole(packed)
     hi_bytes, lo_bytes = tile_bytes(packed.encoding, packed.padded_cols, packed.group)
     hi = _placed(packed, packed.hi, hi_bytes, device)
     lo = None if packed.lo is None else _placed(packed, packed.lo, lo_bytes, device)
