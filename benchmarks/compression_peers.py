@@ -6,9 +6,8 @@ Both get the same token ids, the same scheme (symmetric, one scale for --group c
 0.01), the embedding and the head left as they are, and the same number of threads; each runs in a process of its own.
 Peak memory is the greatest resident set, anonymous pages alone beside it (a mapped checkpoint is in the first only),
 looked at every 20 ms. Times are that of solving, from the loaded program to the last layer, and of the whole process,
-which for ours includes measuring a few tokens. What is run is what is reported: nothing is extrapolated to more samples.
-Error: both results run in our engine at int4 on --text, against the original weights; with random weights it says
-nothing.
+which for ours includes measuring a few tokens. What is run is what is reported, nothing is extrapolated. Error: both
+results run in our engine at int4 on --text, against the original weights; with random weights it says nothing.
 
 llm-compressor lives in an environment of its own (torch, then `pip install llmcompressor`). Prints one JSON line last.
 """
