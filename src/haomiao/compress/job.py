@@ -26,12 +26,13 @@ from haomiao.compress.error import measure_points
 from haomiao.compress.forward import Buffers, Weights
 from haomiao.compress.layer import solve_layer
 from haomiao.compress.planes import drop_planes, without_lo
-from haomiao.compress.prune.masks import outlier_share, owl_shares
+from haomiao.compress.prune.masks import owl_shares
 from haomiao.compress.quantize.rotate import Rotation
 from haomiao.compress.recipe import Recipe
 from haomiao.compress.reference import Reference
 from haomiao.compress.shrink import original_name, renamed, without_layers
 from haomiao.compress.solver import F64
+from haomiao.compress.survey import survey_outliers
 from haomiao.compress.text import Samples, read_texts, take_samples
 from haomiao.compress.width import Behind, Width
 from haomiao.compress.workspace import Workspace, digest
@@ -206,21 +207,9 @@ class Job:
     def _survey(self) -> None:
         """OWL: how many outliers each layer has, on a few samples and with the weights as they are; then its share."""
         self._doing = "surveying layers"
-        stream = Stream(self.wide, self.samples.calibration[:SURVEY_SAMPLES], self.work.folder, "survey")
-        stream.remove()
-        stream.place = 0
-        latest: dict[str, F32] = {}
-        weights = Weights(latest.__getitem__, self.work.rows, self.work.vector)
-        outliers: dict[str, float] = {}
-        for stage in self.stages:
-            moments = Moments(self.wide.weights[stage.weight].cols)
-            take = partial(_add, moments, stage.source)
-            stream.advance(stage.place, weights, consume=take, store=stage.place)
-            latest.clear()
-            latest[stage.weight] = self._original(stage.weight)
-            outliers[stage.weight] = outlier_share(latest[stage.weight], moments.hessian())
-            self._tell()
-        stream.remove()
+        samples = self.samples.calibration[:SURVEY_SAMPLES]
+        stream = Stream(self.wide, samples, self.work.folder, "survey")
+        outliers = survey_outliers(stream, self._original, self.work.rows, self.work.vector, self._tell)
         prune = self.recipe.mask
         assert prune is not None  # the recipe's own rule
         sizes = {name: self.wide.weights[name].rows * self.wide.weights[name].cols for name in outliers}
