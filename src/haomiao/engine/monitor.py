@@ -83,6 +83,10 @@ class Tally:
         half = _Z * float(values.std(ddof=1)) / math.sqrt(count)
         return float(values.mean()) - half, float(values.mean()) + half
 
+    def means(self) -> tuple[float, float, int]:
+        """Mean KL and share of equal first choices over the window, and all samples."""
+        return sum(self._kl) / max(1, len(self._kl)), sum(self._same) / max(1, len(self._same)), self.samples
+
     def figures(self) -> Figures:
         """Mean and 95 % bootstrap interval over the window."""
         return Figures(bootstrap_mean(list(self._kl)), bootstrap_mean(list(self._same)), self.samples)
@@ -280,6 +284,12 @@ class Monitor:
         self.give_way()
 
     # ---- what was found -------------------------------------------------------------------------------------------
+
+    def means(self) -> dict[str, tuple[float, float, int]]:
+        """Mean KL, share of equal first choices and number of samples, by `step_kl_` or `replay_kl_` and the point:
+        quickly, for gauges."""
+        kinds = (("step_kl", self._steps), ("replay_kl", self._replays))
+        return {f"{kind}_{point}": tally.means() for kind, tallies in kinds for point, tally in tallies.items()}
 
     def step_figures(self) -> dict[str, Figures]:
         """Live figures by point: single steps over the K and V that were served."""
