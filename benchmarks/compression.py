@@ -1,154 +1,332 @@
-"""Compress a trained model in many ways and measure each: a table of their errors.
+"""Compress a trained model in many ways and measure each: a table of their errors, and the Pareto front.
 
-    python benchmarks/compression.py CHECKPOINT --text english.txt --text chinese.txt --out results.json
-    python benchmarks/compression.py CHECKPOINT --text ... --only gptq-g32 --only rtn-g32
+    python benchmarks/compression.py table CHECKPOINT --text english.txt --text chinese.txt --out RESULTS.jsonl
+    python benchmarks/compression.py times CHECKPOINT --keep FOLDER --out RESULTS.jsonl
+    python benchmarks/compression.py report --out RESULTS.jsonl --svg front.svg
+    python benchmarks/compression.py memory [--shape 1b] [--samples 2]
 
-Every way is calibrated on the package's default text and measured on --text, which is not in it: KL from the original
-weights, top-1 agreement, perplexity, each with half of a 95 % interval, bytes of weights that a decode step reads, and
-milliseconds a token. Results are kept in --out after every way, so that a run goes on where it was; --markdown prints
-them as a table.
+`table`: every way is calibrated on the package's default text and measured on --text, which is not in it: KL from the
+original weights, top-1 agreement, perplexity, each with half of a 95 % interval, bytes of weights that a decode step
+reads. A line is added to --out after every way; ways that have one are skipped, so that a run goes on where it was.
+--jobs ways run at once, one thread each: their accuracy does not depend on it. `times` decodes with the artifacts that
+`table --keep` left, in turns, and needs a quiet machine. `report` prints the table and draws the front. `memory`
+compresses random weights of a real shape and prints the greatest memory of the process over the mapped checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
+import os
+import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from haomiao.api import LLM
-from haomiao.compress.job import compress
-from haomiao.compress.recipe import recipe_of
-from haomiao.load.artifact import Artifact
-from haomiao.load.source import open_source
-from haomiao.measure.accuracy import measure_against
-from haomiao.measure.bytes import weight_bytes_per_step
-from haomiao.measure.latency import Workload, measure_latency
-from haomiao.measure.report import point_report
-from haomiao.text.tokenizer import Tokenizer
+from compressionlib.report import draw, table
+from compressionlib.ways import WAYS
 
 WINDOW = 512
-WAYS: dict[str, dict[str, Any]] = {
-    "rtn-g32": {"method": "rtn"},
-    "gptq-g32": {},
-    "gptq-g32-static": {"order": "static"},
-    "gptq-g32-natural": {"order": "natural"},
-    "awq-rtn-g32": {"method": "rtn", "awq": True},
-    "awq-gptq-g32": {"awq": True},
-    "rotate-rtn-g32": {"method": "rtn", "rotate": True},
-    "rotate-gptq-g32": {"rotate": True},
-    "rtn-g128": {"method": "rtn", "group": 128},
-    "gptq-g128": {"group": 128},
-    "gptq-int8": {"bits": 8},
-    "rtn-int8": {"bits": 8, "method": "rtn"},
-    "lo-shift-2": {"lo_shift": 2},
-    "lo-shift-3": {"lo_shift": 3},
-    "lo-shift-4": {"lo_shift": 4},
-    "gptq-3bit": {"bits": 3},
-    "tile-20": {"prune": "tile:0.2"},
-    "tile-30": {"prune": "tile:0.3"},
-    "tile-50": {"prune": "tile:0.5"},
-    "wanda-50-rtn": {"prune": "wanda:0.5", "method": "rtn"},
-    "wanda-50": {"prune": "wanda:0.5", "order": "static"},
-    "magnitude-50": {"prune": "magnitude:0.5", "order": "static"},
-    "sparsegpt-50": {"prune": "sparsegpt:0.5"},
-    "sparsegpt-50-int8": {"prune": "sparsegpt:0.5", "bits": 8},
-    "sparsegpt-2:4": {"prune": "sparsegpt:2:4"},
-    "sparsegpt-70": {"prune": "sparsegpt:0.7"},
-    "sparsegpt-70-owl": {"prune": "sparsegpt:0.7", "allocation": "owl"},
+
+
+def read_lines(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
+    """(what was measured on, way -> record, way -> point -> ms a token) of a file of results."""
+    about: dict[str, Any] = {}
+    records: dict[str, dict[str, Any]] = {}
+    times: dict[str, dict[str, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        record = json.loads(line)
+        if "about" in record:
+            about = record["about"]
+        elif "ms_per_token" in record:
+            times[record["way"]] = record["ms_per_token"]
+        else:
+            records[record["way"]] = record
+    return about, records, times
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+# ---- errors
+
+
+class Measured:
+    """The original model's logits on the held-out text, computed once in a process."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from haomiao.api import LLM
+
+        with LLM(args.checkpoint, point="full", max_context=WINDOW + 1, speculate="off", threads=1) as full:
+            self.ids: list[int] = []
+            for path in args.text:
+                text = path.read_text(encoding="utf-8")
+                self.ids += full.tokenize(text[len(text) // 3 :][: args.tokens * 8])[: args.tokens]
+            windows = (self.ids[i : i + WINDOW] for i in range(0, len(self.ids), WINDOW))
+            self._logits = {tuple(ids): full.logits(ids).copy() for ids in windows}
+
+    def logits(self, ids: Any) -> Any:
+        """As `LLM.logits`."""
+        return self._logits[tuple(ids)]
+
+    def figures(self, artifact: Path) -> dict[str, Any]:
+        """Of every point of an artifact."""
+        from haomiao.api import LLM
+        from haomiao.measure.accuracy import measure_against
+        from haomiao.measure.bytes import weight_bytes_per_step
+        from haomiao.measure.report import point_report
+
+        with LLM(artifact, max_context=WINDOW + 1, speculate="off", threads=1) as llm:
+            candidates = {p: functools.partial(llm.logits, point=p) for p in llm.points}
+            found = measure_against(self.logits, candidates, self.ids, window=WINDOW)
+            return {
+                point: point_report(result) | {"bytes": weight_bytes_per_step(llm.plan, llm.weights, point)}
+                for point, result in found.items()
+            }
+
+
+def one_way(args: argparse.Namespace, measured: Measured, name: str) -> dict[str, Any]:
+    """Compress and measure."""
+    from haomiao.compress.job import compress
+    from haomiao.compress.recipe import recipe_of
+    from haomiao.load.artifact import Artifact
+    from haomiao.load.source import open_source
+    from haomiao.text.tokenizer import Tokenizer
+
+    recipe = recipe_of({"samples": args.samples, "length": args.length, "held": 2, **WAYS[name].recipe})
+    with tempfile.TemporaryDirectory() as folder:
+        out = (args.keep or Path(folder)) / name.replace(":", "-")
+        began = time.monotonic()
+        encode = Tokenizer(args.checkpoint).encode
+        compress(open_source(args.checkpoint), out, recipe, encode=encode, threads=1, overwrite=True)
+        seconds = time.monotonic() - began
+        with Artifact.open(out) as artifact:
+            layers = [line for line in artifact.meta["log"] if "weight" in line]
+            size = (out / "model.haomiao").stat().st_size
+        return {
+            "way": name,
+            "recipe": WAYS[name].recipe,
+            "relative": sum(line["relative"] for line in layers) / len(layers),
+            "edge_shifts": [line["lo_shift"] for line in layers if "lo_shift" in line],
+            "seconds": round(seconds, 1),
+            "file_bytes": size,
+            "points": measured.figures(out),
+        }
+
+
+_MEASURED: list[Any] = []
+
+
+def begin_worker(args: argparse.Namespace) -> None:
+    """What a process of the pool holds."""
+    _MEASURED[:] = [args, Measured(args)]
+
+
+def work(name: str) -> dict[str, Any]:
+    """One way in a process of the pool."""
+    return one_way(_MEASURED[0], _MEASURED[1], name)
+
+
+def run_table(args: argparse.Namespace) -> None:
+    """All ways that --out has not yet."""
+    _, records, _ = read_lines(args.out)
+    names = [name for name in args.only or WAYS if name not in records]
+    if not records:
+        about = {"texts": [path.name for path in args.text], "tokens_of_each": args.tokens, "window": WINDOW}
+        about |= {"checkpoint": Path(args.checkpoint).name, "samples": args.samples, "length": args.length}
+        append(args.out, {"about": about})
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of the processes to come
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.jobs, begin_worker, (args,)) as pool:
+        for done, record in enumerate(pool.imap_unordered(work, names), 1):
+            append(args.out, record)
+            kl = {point: round(f["kl_mean"], 5) for point, f in record["points"].items()}
+            print(f"[{done}/{len(names)}] {record['way']}: KL {kl}, {record['seconds']} s", flush=True)
+
+
+# ---- speed
+
+
+def run_times(args: argparse.Namespace) -> None:
+    """Milliseconds a token of every artifact and point, in turns: `--repeat` rounds over all of them."""
+    from haomiao.api import LLM
+    from haomiao.measure.latency import Workload, measure_latency
+
+    class Pointed:
+        def __init__(self, llm: LLM, point: str) -> None:
+            self.llm, self.point, self.vocab_size = llm, point, llm.vocab_size
+
+        def stream(self, prompt: Any, **options: Any) -> Any:
+            return self.llm.stream(prompt, point=self.point, **options)
+
+    found: dict[str, dict[str, list[float]]] = {}
+    for _ in range(args.repeat):
+        for name in args.only or WAYS:
+            path = args.keep / name.replace(":", "-")
+            if not path.is_dir():
+                continue
+            with LLM(path, max_context=WINDOW + 1, speculate="off", threads=args.threads) as llm:
+                for point in llm.points:
+                    work = Workload(prompt_tokens=64, new_tokens=64, repeat=1)
+                    rate = measure_latency(Pointed(llm, point), work).decode_tok_s
+                    if rate:
+                        found.setdefault(name, {}).setdefault(point, []).append(1e3 / rate.median)
+    for name, points in found.items():
+        medians = {point: statistics.median(values) for point, values in points.items()}
+        append(args.out, {"way": name, "ms_per_token": medians, "all": points})
+        print(name, {point: round(ms, 3) for point, ms in medians.items()})
+
+
+# ---- report, memory
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """The table, and the plot."""
+    about, records, times = read_lines(args.out)
+    print(table(records, times, args.language))
+    if args.svg:
+        title = f"{about.get('checkpoint', '')} compressed: error over bytes"
+        args.svg.write_text(draw(records, title), encoding="utf-8")
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+}
+REST = {
+    "1b": {"num_key_value_heads": 8, "vocab_size": 128256},
+    "0.5b": {"num_key_value_heads": 2, "vocab_size": 151936},
 }
 
 
-def held_out(llm: LLM, texts: list[Path], count: int) -> list[int]:
-    """`count` tokens from the middle of each text."""
-    ids: list[int] = []
-    for path in texts:
-        text = path.read_text(encoding="utf-8")
-        ids += llm.tokenize(text[len(text) // 3 :][: count * 8])[:count]
-    return ids
+def run_memory(args: argparse.Namespace) -> None:
+    """Compress random weights of a real shape in a process of its own and watch its memory."""
+    folder = Path(args.folder or tempfile.mkdtemp(prefix="haomiao-memory-"))
+    try:
+        checkpoint = folder / "checkpoint"
+        if not checkpoint.is_dir():
+            write_checkpoint(checkpoint, SHAPES[args.shape] | REST[args.shape], args.layers)
+        context = multiprocessing.get_context("spawn")
+        parent, child = context.Pipe()
+        process = context.Process(target=compress_random, args=(str(checkpoint), str(folder / "out"), args, child))
+        process.start()
+        most = {"resident": 0, "anonymous": 0}
+        while not parent.poll(0.2) and process.is_alive():
+            for key, value in memory_of(process.pid).items():
+                most[key] = max(most[key], value)
+        seconds = parent.recv() if parent.poll() else None
+        process.join()
+    finally:
+        if not args.folder:
+            shutil.rmtree(folder, ignore_errors=True)
+    record = {"shape": args.shape, "layers": args.layers, "samples": args.samples, "length": args.length}
+    print(json.dumps(record | {"seconds": seconds, **{f"{k}_gb": round(v / 1e9, 3) for k, v in most.items()}}))
 
 
-def measure(full: LLM, artifact: Path, ids: list[int], timed: bool) -> dict[str, Any]:
-    """Figures of every point of an artifact."""
-    found: dict[str, Any] = {}
-    with LLM(artifact, max_context=WINDOW + 1, speculate="off") as llm:
-        candidates = {p: lambda ids, p=p: llm.logits(ids, point=p) for p in llm.points}
-        for point, result in measure_against(full.logits, candidates, ids, window=WINDOW).items():
-            found[point] = point_report(result) | {"bytes": weight_bytes_per_step(llm.plan, llm.weights, point)}
-        if timed:
-            work = Workload(prompt_tokens=64, new_tokens=64, repeat=5)
-            for point in llm.points:
-                rate = measure_latency(Pointed(llm, point), work).decode_tok_s
-                found[point]["ms_per_token"] = 1e3 / rate.median if rate else None
-    return found
+def memory_of(pid: int | None) -> dict[str, int]:
+    """Bytes resident, and those of them that are not mapped files."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+    return {"resident": found.get("VmRSS", 0), "anonymous": found.get("RssAnon", 0)}
 
 
-class Pointed:
-    """A model at one point."""
+def write_checkpoint(path: Path, sizes: dict[str, Any], layers: int | None) -> None:
+    """A Llama checkpoint in bf16 with random weights, a shard a layer."""
+    import ml_dtypes
+    import numpy as np
+    from safetensors.numpy import save_file
 
-    def __init__(self, llm: LLM, point: str) -> None:
-        self.llm, self.point, self.vocab_size = llm, point, llm.vocab_size
+    from haomiao.models.registry import plan_for
 
-    def stream(self, prompt: Any, **options: Any) -> Any:
-        return self.llm.stream(prompt, point=self.point, **options)
+    config = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+    config |= {"max_position_embeddings": 4096, "rope_theta": 500000.0, "architectures": ["LlamaForCausalLM"], **sizes}
+    config |= {"num_hidden_layers": layers} if layers else {}
+    path.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    index: dict[str, str] = {}
+    for number, spec in enumerate(plan_for(config).weights.values()):
+        tensors = {}
+        for name, shape in zip(spec.sources, spec.shapes, strict=True):
+            values = np.ones(shape, np.float32) if spec.kind == "vector" else rng.standard_normal(shape, np.float32)
+            scale = 1.0 if spec.kind == "vector" else 0.7 / np.sqrt(shape[-1])
+            tensors[name] = (values * np.float32(scale)).astype(ml_dtypes.bfloat16)
+            index[name] = f"model-{number:05d}.safetensors"
+        save_file(tensors, path / f"model-{number:05d}.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The table, best KL first within a point."""
-    lines = [
-        "| way | point | KL, nats/token | KL p99 | top-1 | perplexity | relative layer error | MB read |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    rows = [(p, f["kl_mean"], name, f, r) for name, r in results["ways"].items() for p, f in r["points"].items()]
-    for point, _, name, f, r in sorted(rows, key=lambda row: (row[0], row[1])):
-        lines.append(
-            f"| {name} | {point} | {f['kl_mean']:.5f} ± {f['kl_pm']:.5f} | {f['kl_p99']:.4f} | {f['top1']:.4f} | "
-            f"{f['perplexity']:.2f} ± {f['perplexity_pm']:.2f} | {r['relative']:.5f} | {f['bytes'] / 1e6:.2f} |"
-        )
-    return "\n".join(lines)
+def compress_random(checkpoint: str, out: str, args: argparse.Namespace, pipe: Any) -> None:
+    """In a process of its own: GPTQ on random ids, and how long it took."""
+    import numpy as np
+
+    from haomiao.compress.job import compress
+    from haomiao.compress.recipe import recipe_of
+    from haomiao.compress.text import Samples
+    from haomiao.load.source import open_source
+
+    source = open_source(checkpoint)
+    ids = np.random.default_rng(1).integers(0, source.config["vocab_size"], (args.samples + 1, args.length))
+    samples = Samples(ids[:-1].astype(np.int32), ids[-1:].astype(np.int32), [])
+    recipe = recipe_of({"prune": args.prune} if args.prune else {})
+    began = time.monotonic()
+    last = [0.0]
+
+    def tell(what: str, done: int, total: int) -> None:
+        if time.monotonic() - last[0] > 20:
+            last[0] = time.monotonic()
+            print(f"{last[0] - began:6.0f} s, {100 * done / max(total, 1):5.1f} %: {what}", flush=True)
+
+    compress(
+        source, Path(out), recipe, samples=samples, threads=args.threads, restart=True, overwrite=True, progress=tell
+    )
+    pipe.send(round(time.monotonic() - began, 1))
 
 
 def main() -> None:
-    """Compress, measure, keep."""
+    """Read the flags and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--text", type=Path, action="append", default=[], help="held-out text; repeatable")
-    parser.add_argument("--tokens", type=int, default=4096, help="of each text")
-    parser.add_argument("--samples", type=int, default=96)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--only", action="append", choices=list(WAYS), help="these ways; repeatable")
-    parser.add_argument("--out", type=Path, default=Path("compression.json"))
-    parser.add_argument("--timed", action="store_true", help="time decoding too")
-    parser.add_argument("--markdown", action="store_true", help="print the table of --out and stop")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("table", "times", "report", "memory"):
+        command = commands.add_parser(name)
+        if name in ("table", "times"):
+            command.add_argument("checkpoint")
+            command.add_argument("--only", action="append", choices=list(WAYS), help="these ways; repeatable")
+            command.add_argument("--keep", type=Path, required=name == "times", help="folder for the artifacts")
+        if name != "memory":
+            command.add_argument("--out", type=Path, default=Path("compression.jsonl"))
+        if name in ("times", "memory"):
+            command.add_argument("--threads", type=int, default=None)
+        if name == "table":
+            command.add_argument("--text", type=Path, action="append", required=True, help="held-out text; repeatable")
+            command.add_argument("--tokens", type=int, default=2048, help="of each text")
+            command.add_argument("--samples", type=int, default=64)
+            command.add_argument("--length", type=int, default=256)
+            command.add_argument("--jobs", type=int, default=2)
+        if name == "times":
+            command.add_argument("--repeat", type=int, default=5)
+        if name == "report":
+            command.add_argument("--svg", type=Path)
+            command.add_argument("--language", choices=("en", "zh"), default="en")
+        if name == "memory":
+            command.add_argument("--shape", choices=list(SHAPES), default="1b")
+            command.add_argument("--layers", type=int, default=None, help="fewer than the shape has")
+            command.add_argument("--samples", type=int, default=2)
+            command.add_argument("--length", type=int, default=512)
+            command.add_argument("--prune", action="append", help="as haomiao compress has it")
+            command.add_argument("--folder", help="keep checkpoint and artifact here")
     args = parser.parse_args()
-    results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"ways": {}}
-    if args.markdown:
-        print(markdown(results))
-        return
-    encode = Tokenizer(args.checkpoint).encode
-    with LLM(args.checkpoint, point="full", max_context=WINDOW + 1, speculate="off") as full:
-        ids = held_out(full, args.text, args.tokens)
-        results |= {"tokens": len(ids), "texts": [path.name for path in args.text]}
-        for name in args.only or WAYS:
-            if name in results["ways"]:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                recipe = recipe_of({"samples": args.samples, "length": args.length, "held": 2, **WAYS[name]})
-                began = time.monotonic()
-                artifact = compress(open_source(args.checkpoint), Path(folder) / "out", recipe, encode=encode)
-                seconds = time.monotonic() - began
-                log = [line for line in Artifact.open(artifact).meta["log"] if "weight" in line]
-                results["ways"][name] = {
-                    "recipe": WAYS[name],
-                    "relative": sum(line["relative"] for line in log) / len(log),
-                    "seconds": seconds,
-                    "points": measure(full, artifact, ids, args.timed),
-                }
-            args.out.write_text(json.dumps(results, indent=1))
-            print(name, json.dumps(results["ways"][name]["points"]), flush=True)
-    print(json.dumps(results))
+    {"table": run_table, "times": run_times, "report": run_report, "memory": run_memory}[args.command](args)
 
 
 if __name__ == "__main__":

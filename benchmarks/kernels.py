@@ -5,9 +5,10 @@
 Prints the ceilings first (streaming read, 8-bit dot products and f32 multiply-adds on registers), then each kernel
 beside its own: no pass can be faster than reading the weights once, nor than its arithmetic at the peak; the greater of
 the two is the limit. Ceilings and kernels are measured in turns, in rounds, so that a minute in which neighbours are
-busy slows both. Shown are best, median and 90th percentile of the passes, and limit / best and limit / median. The last
-line is one JSON object; `--save` writes it to benchmarks/results/kernels-<isa>.json too. The weights of a pass over a
-few tokens should exceed the last-level cache.
+busy slows both. Shown are best, median and 90th percentile of the passes, and limit / best and limit / median. With
+`--tiles 1.0,0.7,0.5` also under random tile masks that store that share of the blocks of 32 rows x `group` columns,
+each beside the whole matrix. The last line is one JSON object; `--save` writes it to benchmarks/results too
+(kernels-<isa>.json or NAME.json). The weights of a pass over a few tokens should exceed the last-level cache.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import numpy as np
 from haomiao import _core
 from haomiao.kernels import isa as instruction_sets
 from haomiao.kernels.native import weight_of
-from haomiao.kernels.packed import TILE_ROWS, Encoding, PackedTensor, padded_columns, tile_bytes
+from haomiao.kernels.packed import TILE_ROWS, Encoding, PackedTensor, pack_mask, padded_columns, tile_bytes
 from haomiao.measure.machine import describe_machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -73,6 +74,22 @@ def random_matrix(encoding: Encoding, rows: int, cols: int, group: int, both: bo
         hi.reshape(tiles, padded // group, -1)[:, :, :64] = np.full(TILE_ROWS, 0.01, np.float16).view(np.uint8)
     lo = aligned(tiles * lo_bytes, unit) if both else None
     return PackedTensor(encoding, rows, cols, group, 4 if both else 0, hi, lo)
+
+
+def under_mask(packed: PackedTensor, share: float) -> PackedTensor:
+    """The same matrix with a random `share` of its blocks; itself where all are kept or the encoding has no masks."""
+    count = packed.tiles * packed.groups
+    if share >= 1 or count == 0:
+        return packed
+    stored = np.zeros(count, np.bool_)
+    stored[np.random.default_rng(2).permutation(count)[: max(1, round(count * share))]] = True
+
+    def cut(plane: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        kept = plane.reshape(count, -1)[stored].reshape(-1)
+        return aligned(kept.size, kept)
+
+    mask = pack_mask(stored.reshape(packed.tiles, packed.groups))
+    return replace(packed, hi=cut(packed.hi), lo=None if packed.lo is None else cut(packed.lo), kept=mask)
 
 
 class Team:
@@ -122,8 +139,8 @@ class Work:
             begin, end = (packed.tiles * k // team.threads for k in (index, index + 1))
             _core.linear(isa, weight, both, activation, prepared, out, None, begin, end)
 
-        self.team, self.job, self.tokens = team, job, tokens
-        self.operations = 2.0 * packed.rows * packed.cols * tokens
+        self.team, self.job, self.tokens, self.packed = team, job, tokens, packed
+        self.operations = 2.0 * packed.rows * packed.cols * packed.share * tokens
         self.times: list[float] = []
         team.run(job)
 
@@ -174,7 +191,7 @@ def measure(arguments: argparse.Namespace, threads: int, cols: int) -> dict[str,
         f"f32 peak {first.f32_gflops:.0f} GFLOPS"
     )
     print(f"{arguments.isa}, {cols} columns, group {arguments.group}")
-    print("kernel       tokens  best ms   median      p90    GB/s    GOPS  limit ms   /best /median  bound by")
+    print("kernel       tokens tiles  best ms   median      p90    GB/s    GOPS  limit ms   /best /median  bound by")
     team = Team(threads)
     results = []
     for name, encoding, both, activation in KERNELS:
@@ -185,7 +202,8 @@ def measure(arguments: argparse.Namespace, threads: int, cols: int) -> dict[str,
         for counts, megabytes in ((arguments.tokens, arguments.megabytes), (arguments.prefill, 4)):
             rows = max(1, megabytes * 1_000_000 // tile) * TILE_ROWS
             packed = random_matrix(encoding, rows, cols, arguments.group, both)
-            works = [Work(team, arguments.isa, packed, both, activation, tokens) for tokens in counts]
+            masked = [under_mask(packed, share) for share in (arguments.tiles if packed.groups else [1.0])]
+            works = [Work(team, arguments.isa, m, both, activation, tokens) for tokens in counts for m in masked]
             found = []
             for _ in range(arguments.rounds if works else 0):
                 found.append(ceilings(threads, arguments.megabytes, 0.04))
@@ -195,9 +213,17 @@ def measure(arguments: argparse.Namespace, threads: int, cols: int) -> dict[str,
                 peaks = median_of(found)
                 arithmetic = peaks.arithmetic(arguments.isa, encoding, both)
                 # a prefill's weights are in the cache after the first pass
-                reading = packed.tiles * tile / peaks.read_gb_s * 1e-9 if megabytes > 4 else 0.0
+                reading = work.packed.nbytes / peaks.read_gb_s * 1e-9 if megabytes > 4 else 0.0
                 computing = work.operations / arithmetic * 1e-9 if arithmetic else 0.0
-                results.append(report(name, work, packed.tiles * tile, reading, computing, peaks))
+                results.append(report(name, work, work.packed.nbytes, reading, computing, peaks))
+                whole = next(w for w in works if w.tokens == work.tokens)
+                if work is not whole:
+                    results[-1]["speedup_median"] = statistics.median(whole.times) / statistics.median(work.times)
+                    results[-1]["speedup_best"] = min(whole.times) / min(work.times)
+                    print(
+                        f"{'':21} {results[-1]['speedup_median']:.2f}x (best {results[-1]['speedup_best']:.2f}x) "
+                        f"of the whole; in proportion {whole.packed.share / work.packed.share:.2f}x"
+                    )
     team.close()
     return {"threads": threads, "cols": cols, "group": arguments.group, "ceilings": asdict(first), "kernels": results}
 
@@ -209,13 +235,15 @@ def report(name: str, work: Work, size: int, reading: float, computing: float, p
     limit = max(reading, computing)
     bound = "reading" if reading >= computing else "arithmetic"
     print(
-        f"{name:12} {work.tokens:6} {best * 1e3:8.3f} {median * 1e3:8.3f} {p90 * 1e3:8.3f} {size / best * 1e-9:7.1f} "
-        f"{work.operations / best * 1e-9:7.0f} {limit * 1e3:9.3f} {limit / best:7.2f} {limit / median:7.2f}  {bound}",
+        f"{name:12} {work.tokens:6} {work.packed.share:5.2f} {best * 1e3:8.3f} {median * 1e3:8.3f} {p90 * 1e3:8.3f} "
+        f"{size / best * 1e-9:7.1f} {work.operations / best * 1e-9:7.0f} {limit * 1e3:9.3f} "
+        f"{limit / best:7.2f} {limit / median:7.2f}  {bound}",
         flush=True,
     )
     return {
         "kernel": name,
         "tokens": work.tokens,
+        "tiles": work.packed.share,
         "passes": len(work.times),
         "best_ms": best * 1e3,
         "median_ms": median * 1e3,
@@ -243,6 +271,10 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
 
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",") if part]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="linear kernels against the machine's ceilings")
     parser.add_argument("--isa", default=instruction_sets.selected(), choices=instruction_sets.available())
@@ -255,9 +287,11 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=integers, default=[1, 2, 3, 4, 5, 6, 8])
     parser.add_argument("--prefill", type=integers, default=[128, 512])
+    parser.add_argument("--tiles", type=numbers, default=[1.0], help="shares of the blocks that are stored; first 1.0")
     parser.add_argument("--seconds", type=float, default=0.4, help="for each measurement, all rounds together")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/kernels-<isa>.json")
+    parser.add_argument("--name", help="name of the file that --save writes; default kernels-<isa>")
     arguments = parser.parse_args()
     summary = {
         "benchmark": "kernels",
@@ -268,7 +302,8 @@ def main() -> None:
         "runs": [measure(arguments, threads, cols) for threads in arguments.threads for cols in arguments.cols],
     }
     if arguments.save:
-        (RESULTS / f"kernels-{arguments.isa}.json").write_text(json.dumps(summary, indent=1) + "\n")
+        name = arguments.name or f"kernels-{arguments.isa}"
+        (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
 
 

@@ -32,6 +32,7 @@ nb::list parse(const Bytes& head, uint64_t file_bytes) {
     d["lo_shift"] = s.lo_shift;
     d["rows"] = s.rows;
     d["cols"] = s.cols;
+    d["stored"] = s.stored;
     sections.append(d);
   }
   return sections;

@@ -21,6 +21,7 @@
 #include "kernels/linear/weight.h"
 #include "kernels/quantize/rtn.h"
 #include "runtime/ceilings.h"
+#include "runtime/tile_mask.h"
 
 namespace nb = nanobind;
 
@@ -79,13 +80,17 @@ bool compatible(Encoding encoding, Activation activation) {
 struct OwnedWeight {
   Bytes hi;
   std::optional<Bytes> lo;
+  OwnedTileMask mask;
   Weight weight;
 
   OwnedWeight(uint32_t encoding, int64_t rows, int64_t cols, int64_t group, int64_t lo_shift, Bytes hi_bytes,
-              std::optional<Bytes> lo_bytes)
+              std::optional<Bytes> lo_bytes, std::optional<Bytes> kept)
       : hi(std::move(hi_bytes)), lo(std::move(lo_bytes)) {
-    const char* wrong = make_weight(encoding, rows, cols, group, lo_shift, hi.data(), hi.size(),
-                                    lo ? lo->data() : nullptr, lo ? lo->size() : 0, &weight);
+    const char* wrong = kept ? mask.read(rows, cols, group, kept->data(), kept->size()) : nullptr;
+    if (wrong) throw nb::value_error(wrong);
+    const TileMask view = mask.view();
+    wrong = make_weight(encoding, rows, cols, group, lo_shift, hi.data(), hi.size(), lo ? lo->data() : nullptr,
+                        lo ? lo->size() : 0, kept ? &view : nullptr, &weight);
     if (wrong) throw nb::value_error(wrong);
   }
 };
@@ -163,7 +168,8 @@ const HeadKernels& head_of(const std::string& isa) {
 
 // Checks what all screening kernels need, and returns the groups of 32 columns.
 size_t groups_of(const OwnedWeight& owned, int64_t tile) {
-  require(owned.weight.encoding == Encoding::planes && owned.weight.lo, "screening needs both planes");
+  require(owned.weight.encoding == Encoding::planes && owned.weight.lo && !owned.weight.mask.bits,
+          "screening needs both planes, whole");
   require(0 <= tile && tile < (int64_t{owned.weight.rows} + kTileRows - 1) / kTileRows, "the tile is outside");
   return static_cast<size_t>(owned.weight.padded_cols) / kGroup;
 }
@@ -223,8 +229,8 @@ void bind_kernels(nb::module_& m) {
   using namespace nb::literals;
   m.def("isas", isas, "Instruction sets that this machine can run, best first.");
   nb::class_<OwnedWeight>(m, "Weight", "A matrix in kernel layout; keeps the arrays it was made of.")
-      .def(nb::init<uint32_t, int64_t, int64_t, int64_t, int64_t, Bytes, std::optional<Bytes>>(), "encoding"_a,
-           "rows"_a, "cols"_a, "group"_a, "lo_shift"_a, "hi"_a, "lo"_a.none())
+      .def(nb::init<uint32_t, int64_t, int64_t, int64_t, int64_t, Bytes, std::optional<Bytes>, std::optional<Bytes>>(),
+           "encoding"_a, "rows"_a, "cols"_a, "group"_a, "lo_shift"_a, "hi"_a, "lo"_a.none(), "kept"_a = nb::none())
       .def_prop_ro("rows", [](const OwnedWeight& w) { return w.weight.rows; })
       .def_prop_ro("cols", [](const OwnedWeight& w) { return w.weight.cols; })
       .def_prop_ro("padded_cols", [](const OwnedWeight& w) { return w.weight.padded_cols; });

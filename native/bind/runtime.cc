@@ -20,6 +20,7 @@
 #include "kernels/linear/weight.h"
 #include "runtime/cores.h"
 #include "runtime/runner.h"
+#include "runtime/tile_mask.h"
 
 namespace nb = nanobind;
 
@@ -41,16 +42,23 @@ struct BoundPlan {
   PlanBuilder builder;
   std::vector<Bytes> bytes;
   std::vector<Floats> floats;
+  std::vector<OwnedTileMask> masks;
 
   BoundPlan(int64_t vocab_size, int64_t max_context) : builder(vocab_size, max_context) {}
 
   void matrix(const std::string& name, uint32_t encoding, int64_t rows, int64_t cols, int64_t group, int64_t lo_shift,
-              Bytes hi, std::optional<Bytes> lo) {
+              Bytes hi, std::optional<Bytes> lo, std::optional<Bytes> kept) {
+    OwnedTileMask mask;
+    const char* wrong = kept ? mask.read(rows, cols, group, kept->data(), kept->size()) : nullptr;
     Weight weight;
-    const char* wrong = make_weight(encoding, rows, cols, group, lo_shift, hi.data(), hi.size(),
-                                    lo ? lo->data() : nullptr, lo ? lo->size() : 0, &weight);
+    const TileMask view = mask.view();
+    if (!wrong) {
+      wrong = make_weight(encoding, rows, cols, group, lo_shift, hi.data(), hi.size(), lo ? lo->data() : nullptr,
+                          lo ? lo->size() : 0, kept ? &view : nullptr, &weight);
+    }
     if (wrong) refuse("matrix '" + name + "': " + wrong);
     builder.matrix(name, weight);
+    if (kept) masks.push_back(std::move(mask));
     bytes.push_back(std::move(hi));
     if (lo) bytes.push_back(std::move(*lo));
   }
@@ -74,6 +82,7 @@ KvType kv_of(const std::string& name) {
 struct BoundRunner {
   std::vector<Bytes> bytes;  // what the runner reads from; destroyed after it
   std::vector<Floats> floats;
+  std::vector<OwnedTileMask> masks;
   std::unique_ptr<Runner> runner;
   int vocab_size = 0;
 
@@ -94,10 +103,11 @@ struct BoundRunner {
                                  RunnerOptions{kv_of(kv), kv_blocks, max_step_tokens, threads, pin}, std::move(specs));
     bytes = std::move(plan.bytes);
     floats = std::move(plan.floats);
+    masks = std::move(plan.masks);
   }
 
   int64_t step(int64_t point, Ints token_ids, Ints span_starts, Ints past, IntTable block_tables, Ints logit_rows,
-               std::optional<Flags> greedy, OutFloats logits, OutInts argmax) {
+               std::optional<Flags> greedy, std::optional<IntTable> copies, OutFloats logits, OutInts argmax) {
     const Batch batch = {token_ids.data(),
                          static_cast<int64_t>(token_ids.size()),
                          span_starts.data(),
@@ -109,12 +119,15 @@ struct BoundRunner {
                          static_cast<int64_t>(block_tables.shape(1)),
                          logit_rows.data(),
                          static_cast<int64_t>(logit_rows.size()),
-                         greedy ? greedy->data() : nullptr};
+                         greedy ? greedy->data() : nullptr,
+                         copies ? copies->data() : nullptr,
+                         copies ? static_cast<int64_t>(copies->shape(0)) : 0};
     if (logits.shape(0) != logit_rows.size() || logits.shape(1) != static_cast<size_t>(vocab_size) ||
         argmax.size() != logit_rows.size()) {
       refuse("logits must be [rows, vocab] and argmax [rows]");
     }
     if (greedy && greedy->size() != logit_rows.size()) refuse("greedy must be [rows]");
+    if (copies && copies->shape(1) != 2) refuse("copies must be [n, 2]");
     int64_t elapsed = 0;
     std::string wrong;
     {
@@ -150,7 +163,7 @@ void bind_plan(nb::module_& m) {
   nb::class_<BoundPlan>(m, "Plan", "A plan under construction (models/plan.py); keeps the arrays it is told of.")
       .def(nb::init<int64_t, int64_t>(), "vocab_size"_a, "max_context"_a)
       .def("matrix", &BoundPlan::matrix, "name"_a, "encoding"_a, "rows"_a, "cols"_a, "group"_a, "lo_shift"_a,
-           nb::arg("hi").noconvert(), nb::arg("lo").noconvert().none())
+           nb::arg("hi").noconvert(), nb::arg("lo").noconvert().none(), nb::arg("kept").noconvert() = nb::none())
       .def("vector", &BoundPlan::vector, "name"_a, nb::arg("values").noconvert())
       .def("layer",
            [](BoundPlan& p, int64_t heads, int64_t dim, int64_t window) { p.builder.layer(heads, dim, window); })
@@ -191,7 +204,8 @@ void bind_runtime(nb::module_& m) {
            "plan"_a, "isa"_a, "kv"_a, "kv_blocks"_a, "max_step_tokens"_a, "threads"_a, "pin"_a, "points"_a)
       .def("step", &BoundRunner::step, "point"_a, nb::arg("token_ids").noconvert(), nb::arg("span_starts").noconvert(),
            nb::arg("past").noconvert(), nb::arg("block_tables").noconvert(), nb::arg("logit_rows").noconvert(),
-           nb::arg("greedy").noconvert().none(), nb::arg("logits").noconvert(), nb::arg("argmax").noconvert())
+           nb::arg("greedy").noconvert().none(), nb::arg("copies").noconvert().none(), nb::arg("logits").noconvert(),
+           nb::arg("argmax").noconvert())
       .def("copy_blocks", &BoundRunner::copy_blocks, nb::arg("pairs").noconvert())
       .def(
           "profile", [](BoundRunner& r, bool on) { r.runner->profile(on); }, "on"_a)

@@ -13,7 +13,8 @@ constexpr uint8_t kMagic[8] = {'H', 'A', 'O', 'M', 'I', 'A', 'O', 0};
 constexpr uint32_t kCrcOffset = 32;
 constexpr uint32_t kRequired = 1;
 constexpr uint32_t kMaxNameBytes = 255;
-constexpr uint64_t kMaxDimension = INT32_MAX;  // kernels count rows and columns in int32
+constexpr std::string_view kMaskSuffix = ".tiles";  // a matrix's name and this: its tile mask
+constexpr uint64_t kMaxDimension = INT32_MAX;       // kernels count rows and columns in int32
 
 uint16_t read_u16(const uint8_t* p) { return static_cast<uint16_t>(p[0] | p[1] << 8); }
 
@@ -85,17 +86,40 @@ bool tile_bytes(const ArtifactSection& s, uint64_t* bytes) {
   return false;
 }
 
-const char* check_matrix(const ArtifactSection& s) {
+// Shape, encoding and group; *tile is the bytes of a tile that stores all groups.
+const char* check_shape(const ArtifactSection& s, uint64_t* tile) {
   if (s.encoding > static_cast<uint32_t>(Encoding::planes)) return "unknown encoding";
   if (s.rows == 0 || s.cols == 0) return "no rows or no columns";
   if (s.rows > kMaxDimension || s.cols > kMaxDimension || s.padded_cols > kMaxDimension)
     return "too many rows or columns";
+  return tile_bytes(s, tile) ? nullptr : "columns, group, plane and lo_shift contradict the encoding";
+}
+
+const char* check_matrix(const ArtifactSection& s) {
   uint64_t tile = 0;
-  if (!tile_bytes(s, &tile)) return "columns, group, plane and lo_shift contradict the encoding";
-  if (s.tile_bytes != tile) return "tile bytes contradict columns and group";
-  const uint64_t tiles = (uint64_t{s.rows} + kTileRows - 1) / kTileRows;
-  if (tiles > UINT64_MAX / tile || s.bytes != tiles * tile) return "body size contradicts rows and columns";
+  if (const char* wrong = check_shape(s, &tile)) return wrong;
+  return s.tile_bytes == tile ? nullptr : "tile bytes contradict columns and group";  // the body: check_masks()
+}
+
+uint64_t tiles_of(const ArtifactSection& s) { return (uint64_t{s.rows} + kTileRows - 1) / kTileRows; }
+
+const char* check_mask(const ArtifactSection& s) {
+  const auto encoding = static_cast<Encoding>(s.encoding);
+  if ((encoding != Encoding::int8 && encoding != Encoding::planes) || s.plane || s.lo_shift)
+    return "a tile mask belongs to no such encoding";
+  uint64_t tile = 0;
+  if (const char* wrong = check_shape(s, &tile)) return wrong;
+  const uint64_t groups = s.padded_cols / s.group;  // tiles * groups < 2^53
+  if (s.bytes != tiles_of(s) * ((groups + 7) / 8)) return "body size contradicts rows and columns";
+  if (s.stored == 0 || s.stored > tiles_of(s) * groups) return "it names more groups than there are, or none";
   return nullptr;
+}
+
+// The body of one plane, whose mask is nullptr if all groups are stored.
+bool check_size(const ArtifactSection& s, const ArtifactSection* mask) {
+  const uint64_t groups = mask ? s.padded_cols / s.group : 1, count = mask ? mask->stored : tiles_of(s);
+  const uint64_t bytes = s.tile_bytes / groups;
+  return count <= UINT64_MAX / bytes && s.bytes == count * bytes;
 }
 
 const char* check_body(const ArtifactSection& s) {
@@ -110,6 +134,8 @@ const char* check_body(const ArtifactSection& s) {
       return s.bytes != uint64_t{s.rows} * 4 ? "body size contradicts rows" : nullptr;
     case SectionKind::matrix:
       return check_matrix(s);
+    case SectionKind::tile_mask:
+      return check_mask(s);
     default:
       return nullptr;
   }
@@ -118,7 +144,7 @@ const char* check_body(const ArtifactSection& s) {
 void read_fields(const uint8_t* entry, ArtifactSection* s) {
   s->kind = read_u32(entry);
   s->known =
-      s->kind >= static_cast<uint32_t>(SectionKind::meta) && s->kind <= static_cast<uint32_t>(SectionKind::vector);
+      s->kind >= static_cast<uint32_t>(SectionKind::meta) && s->kind <= static_cast<uint32_t>(SectionKind::tile_mask);
   s->offset = read_u64(entry + 16);
   s->bytes = read_u64(entry + 24);
   s->crc = read_u32(entry + 32);
@@ -129,7 +155,8 @@ void read_fields(const uint8_t* entry, ArtifactSection* s) {
   s->rows = read_u32(entry + 52);
   s->cols = read_u32(entry + 56);
   s->padded_cols = read_u32(entry + 60);
-  s->tile_bytes = read_u64(entry + 64);
+  const bool mask = s->kind == static_cast<uint32_t>(SectionKind::tile_mask);
+  (mask ? s->stored : s->tile_bytes) = read_u64(entry + 64);
 }
 
 // One entry of the table. `names` is where names may begin; `end` is where the previous body ended and is moved on.
@@ -157,6 +184,39 @@ std::string read_entry(const uint8_t* data, const ArtifactHeader& header, uint64
   return wrong ? wrong : std::string{};
 }
 
+bool same_shape(const ArtifactSection& a, const ArtifactSection& b) {
+  return a.encoding == b.encoding && a.rows == b.rows && a.cols == b.cols && a.group == b.group;
+}
+
+// The section of that name and plane 0 in a list sorted by name and plane, or nullptr.
+const ArtifactSection* find(const std::vector<const ArtifactSection*>& known, std::string_view name) {
+  const auto at = std::lower_bound(known.begin(), known.end(), name,
+                                   [](const ArtifactSection* s, std::string_view n) { return s->name < n; });
+  return at != known.end() && (*at)->name == name && (*at)->plane == 0 ? *at : nullptr;
+}
+
+// Matrices have the size that their tile masks leave them, and every mask has a matrix.
+std::string check_masks(const std::vector<const ArtifactSection*>& known) {
+  std::string name;
+  for (const ArtifactSection* s : known) {
+    const auto kind = static_cast<SectionKind>(s->kind);
+    if (kind == SectionKind::tile_mask) {
+      const size_t length = s->name.size() - std::min(s->name.size(), kMaskSuffix.size());
+      const ArtifactSection* matrix =
+          s->name.substr(length) == kMaskSuffix ? find(known, s->name.substr(0, length)) : nullptr;
+      if (!matrix || static_cast<SectionKind>(matrix->kind) != SectionKind::matrix || !same_shape(*s, *matrix))
+        return "section " + quoted(s->name) + " is a tile mask of no matrix that is here";
+    } else if (kind == SectionKind::matrix) {
+      name.assign(s->name).append(kMaskSuffix);
+      const ArtifactSection* mask = find(known, name);
+      if (mask && static_cast<SectionKind>(mask->kind) != SectionKind::tile_mask) mask = nullptr;
+      if (mask && !same_shape(*s, *mask)) return "section " + quoted(s->name) + " contradicts its tile mask";
+      if (!check_size(*s, mask)) return "section " + quoted(s->name) + ": body size contradicts rows and columns";
+    }
+  }
+  return {};
+}
+
 // What no entry can show alone: names are unique, there is one meta section, every lo plane belongs to its hi plane.
 std::string check_together(const std::vector<ArtifactSection>& sections) {
   std::vector<const ArtifactSection*> known;
@@ -177,13 +237,12 @@ std::string check_together(const std::vector<ArtifactSection>& sections) {
       if (s.lo_shift != 0 && !lo_follows) return "section " + name + " has lo_shift but no lo plane";
     } else if (!before) {
       return "section " + name + " has a lo plane and no hi plane";
-    } else if (before->encoding != s.encoding || before->rows != s.rows || before->cols != s.cols ||
-               before->group != s.group || before->lo_shift != s.lo_shift) {
+    } else if (!same_shape(*before, s) || before->lo_shift != s.lo_shift) {
       return "the planes of section " + name + " contradict each other";
     }
   }
   if (metas != 1) return "there must be one meta section, not " + std::to_string(metas);
-  return {};
+  return check_masks(known);
 }
 
 std::string read_fixed(const uint8_t* data, uint64_t bytes, uint64_t file_bytes, ArtifactHeader* header,

@@ -1,6 +1,7 @@
 // The header of model.haomiao (docs/ARCHITECTURE.md, section 5): reads it, and believes nothing that it has not
 // checked. Knows the layout and the sizes; knows nothing about Python, kernels or what the weights mean. Never
-// allocates more than a small multiple of the section table, which itself lies inside the file.
+// allocates more than a small multiple of the section table, which itself lies inside the file. What a tile mask's bits
+// say is not looked at (tile_mask.h).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -24,10 +25,11 @@ struct ArtifactSection {
   std::string_view name;  // into the header's bytes
   uint64_t offset, bytes;
   uint32_t crc;                      // of the body; not verified here
-  uint32_t encoding, plane;          // matrix: kernels/linear/linear.h Encoding; 0 hi or only, 1 lo
+  uint32_t encoding, plane;          // matrix, mask: kernels/linear/linear.h Encoding; 0 hi or only, 1 lo
   uint32_t group, lo_shift;          // columns per scale; 0 where there are no scales
   uint32_t rows, cols, padded_cols;  // vector: [rows], cols = padded_cols = 1
-  uint64_t tile_bytes;               // of this plane; 0 for what is not a matrix
+  uint64_t tile_bytes;               // of this plane, all groups stored; 0 for what is not a matrix
+  uint64_t stored;                   // tile mask: groups that the tiles of its matrix store; 0 otherwise
 };
 
 struct ArtifactHeader {

@@ -40,6 +40,32 @@ std::string BatchCheck::operator()(const Batch& batch) {
   for (int s = 0; s < batch.sequences(); ++s) {
     if (std::string wrong = check_blocks(batch, s); !wrong.empty()) return wrong;
   }
+  return check_copies(batch);
+}
+
+bool BatchCheck::written(int32_t block, uint32_t mask) {
+  const size_t b = static_cast<size_t>(block);
+  if (written_in_[b] != step_) written_in_[b] = step_, slots_[b] = 0;
+  const bool before = (slots_[b] & mask) != 0;
+  slots_[b] |= mask;
+  return before;
+}
+
+std::string BatchCheck::check_copies(const Batch& batch) {
+  int64_t sequence = 0;
+  for (int64_t i = 0; i < batch.copy_count; ++i) {
+    const int32_t token = batch.copies[2 * i], block = batch.copies[2 * i + 1];
+    if (token < 0 || token >= batch.tokens) return "a copy is of a token outside the step";
+    if (i > 0 && token < batch.copies[2 * i - 2]) return "copies must ascend by their tokens";
+    if (block < 0 || block >= limits_.kv_blocks) {
+      return "a copy names KV block " + number(block) + "; there are " + number(limits_.kv_blocks);
+    }
+    while (token >= batch.span_starts[sequence + 1]) ++sequence;
+    const int64_t position = int64_t{batch.past[sequence]} + token - batch.span_starts[sequence];
+    if (written(block, uint32_t{1} << (position % kKvBlock))) {
+      return "two tokens of the step write the same place of KV block " + number(block);
+    }
+  }
   return {};
 }
 
@@ -60,13 +86,10 @@ std::string BatchCheck::check_blocks(const Batch& batch, int sequence) {
     }
   }
   for (int64_t b = past / kKvBlock; b < needed; ++b) {
-    const size_t block = static_cast<size_t>(table[b]);
     const int64_t first = past > b * kKvBlock ? past - b * kKvBlock : 0;
     const int64_t last = end < (b + 1) * kKvBlock ? end - b * kKvBlock : kKvBlock;
     const uint32_t mask = static_cast<uint32_t>(((uint64_t{1} << (last - first)) - 1) << first);
-    if (written_in_[block] != step_) written_in_[block] = step_, slots_[block] = 0;
-    if (slots_[block] & mask) return "two tokens of the step write the same place of KV block " + number(table[b]);
-    slots_[block] |= mask;
+    if (written(table[b], mask)) return "two tokens of the step write the same place of KV block " + number(table[b]);
   }
   return {};
 }

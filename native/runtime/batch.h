@@ -20,6 +20,8 @@ struct Batch {
   const int32_t* logit_rows;  // [rows]
   int64_t rows;
   const bool* greedy;  // [rows] true where only the argmax is wanted, or nullptr: every row is wanted whole
+  const int32_t* copies = nullptr;  // [copy_count][2] (token, KV block), ascending by token: K and V go there as well
+  int64_t copy_count = 0;
 
   int sequences() const { return static_cast<int>(past_count); }
   int length(int sequence) const { return span_starts[sequence + 1] - span_starts[sequence]; }
@@ -39,6 +41,8 @@ class BatchCheck {
 
  private:
   std::string check_blocks(const Batch& batch, int sequence);
+  std::string check_copies(const Batch& batch);
+  bool written(int32_t block, uint32_t mask);  // true if one of the slots was written in this step; now they all are
 
   BatchLimits limits_;
   uint64_t step_ = 0;

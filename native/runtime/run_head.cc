@@ -36,7 +36,7 @@ void Runner::run(const LogitsPhase& phase, size_t index, int thread) {
       take_best(memory, r, logits[at], begin + at);
     }
   };
-  work_off(index, thread, tiles_of(w), 1, kHeadTiles, stretches, work);
+  work_off(index, thread, w, 0, 1, kHeadTiles, stretches, work);
 }
 
 void Runner::take_best(const Thread& memory, int row, float value, int at) const {
@@ -123,7 +123,7 @@ void Runner::bound_tiles(const LogitsPhase& phase, const Prepared& prepared, siz
       }
     }
   };
-  work_off(index, thread, tiles, 1, kHeadTiles, 1, work);
+  work_off(index, thread, w, 0, 1, kHeadTiles, 1, work);
   for (int r = 0; r < rows; ++r) {
     if (best[r] == kNone) continue;
     multiply_head(phase.head, prepared, {r, r + 1}, {best[r], best[r] + 1}, false, memory);

@@ -77,7 +77,7 @@ void Runner::run(const LinearPhase& phase, size_t index, int thread) {
                              memory.scratch};
     multiply(phase, call, first, memory);
   };
-  work_off(index, thread, tiles_of(w) - first_tile, phase.unit, chunk_of(w, phase.unit), stretches, work);
+  work_off(index, thread, w, first_tile, phase.unit, chunk_of(w, phase.unit), stretches, work);
   if (first_tile > 0) multiply_queries(phase, share(first_tile, phase.unit, thread), thread);
 }
 

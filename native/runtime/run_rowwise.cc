@@ -102,11 +102,16 @@ void Runner::transform_head(const HeadWork& work, int token, int head) {
   const bool is_key = key >= 0 && key < op.kv_heads, is_value = value >= 0 && value < op.kv_heads;
   if (!is_key && !is_value) return;
   const int64_t position = positions_[static_cast<size_t>(token)];
-  const int32_t block = block_table(sequence_of_[static_cast<size_t>(token)])[position / kKvBlock];
   const int slot = static_cast<int>(position % kKvBlock);
   const AttentionKernels& kernels = *kernels_.attention;
-  if (is_key) kernels.write_key(options_.kv, op.head_dim, x, slot, kv_block(op.layer, block, key));
-  if (is_value) kernels.write_value(options_.kv, op.head_dim, x, slot, kv_block(op.layer, block, value));
+  const auto write = [&](int32_t block) {
+    if (is_key) kernels.write_key(options_.kv, op.head_dim, x, slot, kv_block(op.layer, block, key));
+    if (is_value) kernels.write_value(options_.kv, op.head_dim, x, slot, kv_block(op.layer, block, value));
+  };
+  write(block_table(sequence_of_[static_cast<size_t>(token)])[position / kKvBlock]);
+  if (!batch_.copy_count) return;
+  const size_t t = static_cast<size_t>(token);
+  for (int64_t c = copies_from_[t]; c < copies_from_[t + 1]; ++c) write(batch_.copies[2 * c + 1]);
 }
 
 }  // namespace haomiao

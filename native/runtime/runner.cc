@@ -35,8 +35,8 @@ std::vector<int> multiplied(const Plan& plan) {
 
 // Screening leaves a plane unread, and needs logits that keep the order of their products.
 bool can_screen(const HeadOp& head, const Weight& w) {
-  return w.encoding == Encoding::planes && w.lo && head.bias == kNone && head.softcap == 0 && head.scale >= 0x1p-60f &&
-         head.scale <= 0x1p60f;
+  return w.encoding == Encoding::planes && w.lo && !w.mask.bits && head.bias == kNone && head.softcap == 0 &&
+         head.scale >= 0x1p-60f && head.scale <= 0x1p60f;
 }
 
 int64_t now_ns() {
@@ -201,6 +201,7 @@ void Runner::reserve_memory() {
 
   sequence_of_.resize(tokens);
   positions_.resize(tokens);
+  copies_from_.resize(tokens + 1);
   for (Attending* work : {&whole_, &tail_}) {
     work->tiles.reserve(tokens);  // a tile holds at least one token
     work->items.reserve(tokens + static_cast<size_t>(kItemsPerThread) * static_cast<size_t>(pool_.threads()) + 1);
@@ -218,6 +219,20 @@ Runner::Share Runner::share(int count, int unit, int thread) const {
   const int64_t units = (count + unit - 1) / unit, n = pool_.threads();
   const int64_t begin = units * thread / n * unit, end = units * (thread + 1) / n * unit;
   return {static_cast<int>(std::min<int64_t>(begin, count)), static_cast<int>(std::min<int64_t>(end, count))};
+}
+
+// Tiles from `first` on, counted from there. Under a tile mask threads get as many stored groups, not as many tiles.
+Runner::Share Runner::share_tiles(const Weight& weight, int first, int unit, int thread) const {
+  const int count = tiles_of(weight) - first, n = pool_.threads();
+  if (!weight.mask.first) return share(count, unit, thread);
+  const int64_t *before = weight.mask.first + first, *end = before + count;
+  const auto cut = [&](int k) {
+    if (k == 0 || k == n) return k == 0 ? 0 : count;
+    const int64_t wanted = *before + (*end - *before) * k / n;
+    const int64_t tile = std::lower_bound(before, end, wanted) - before;
+    return static_cast<int>(std::min<int64_t>(count, (tile + unit / 2) / unit * unit));
+  };
+  return {cut(thread), cut(thread + 1)};
 }
 
 std::string Runner::step(int64_t point, const Batch& batch, float* logits, int32_t* argmax, int64_t* elapsed_ns) {
@@ -246,6 +261,10 @@ void Runner::begin_step(const PointSpec& point, const Batch& batch, float* logit
       sequence_of_[static_cast<size_t>(t)] = s;
       positions_[static_cast<size_t>(t)] = int64_t{batch.past[s]} + t - batch.span_starts[s];
     }
+  }
+  for (int64_t t = 0, c = 0; batch.copy_count && t <= batch.tokens; ++t) {
+    while (c < batch.copy_count && batch.copies[2 * c] < t) ++c;
+    copies_from_[static_cast<size_t>(t)] = c;
   }
   plan_items();
   plan_screening();

@@ -173,14 +173,16 @@ class Runner {
   }
   const int32_t* block_table(int sequence) const { return batch_.block_tables + sequence * batch_.table_columns; }
   Share share(int count, int unit, int thread) const;
-  // work(pass, tiles) for every pass over every thread's share of the tiles, `chunk` tiles a piece, until nothing is
-  // left to take: this thread's own first, then those of the next ones.
+  Share share_tiles(const Weight& weight, int first, int unit, int thread) const;
+  // work(pass, tiles) for every pass over every thread's share of the tiles from `first` on, counted from there,
+  // `chunk` tiles a piece, until nothing is left to take: this thread's own first, then those of the next ones.
   template <typename Work>
-  void work_off(size_t phase, int thread, int tiles, int unit, int chunk, int passes, const Work& work) {
+  void work_off(size_t phase, int thread, const Weight& weight, int first, int unit, int chunk, int passes,
+                const Work& work) {
     const int threads = pool_.threads(), helped = std::min(threads, 1 + kMostHelped);
     for (int k = 0; k < helped; ++k) {
       const int owner = (thread + k) % threads;
-      const Share all = share(tiles, unit, owner);
+      const Share all = share_tiles(weight, first, unit, owner);
       const int chunks = (all.end - all.begin + chunk - 1) / chunk;
       for (int i; (i = claims_.take(phase, owner, chunks * passes, k > 0)) >= 0;) {
         const int begin = all.begin + i % chunks * chunk;
@@ -238,6 +240,7 @@ class Runner {
   float* logits_ = nullptr;
   std::vector<int32_t> sequence_of_;  // [max tokens]
   std::vector<int64_t> positions_;    // [max tokens]
+  std::vector<int64_t> copies_from_;  // [max tokens + 1] the first copy of each token, if the step has any
   Attending whole_, tail_;            // of all tokens; of the rows whose logits are wanted
   bool short_tail_ = false;           // the last attention and what follows run for the logit rows alone
   bool screening_ = false;

@@ -12,7 +12,7 @@ namespace {
 using haomiao::ArtifactHeader;
 using haomiao::parse_artifact;
 
-constexpr uint32_t kEntries = 5;
+constexpr uint32_t kEntries = 7;
 constexpr uint64_t kNames = 64 + 128 * kEntries;
 constexpr uint64_t kHeader = kNames + 64;
 
@@ -54,14 +54,18 @@ struct Entry {
 
 // planes [40, 70] of group 32: padded to 96 columns, 2 tiles; hi 3 * (64 + 512) bytes a tile, lo 96 * 16.
 constexpr uint64_t kHiTile = 3 * (64 + 512), kLoTile = 96 * 16;
+// int8 [40, 70] of group 64 under a tile mask: 3 of 2 x 2 groups, each 64 + 64 * 32 bytes.
+constexpr uint64_t kGroupBytes = 64 + 64 * 32, kMask = kHeader + 2 * kHiTile + 2 * kLoTile + 128, kMasked = kMask + 64;
 const Entry kGood[kEntries] = {
     {2, 1, "w", kHeader, 2 * kHiTile, 3, 0, 32, 4, 40, 70, 96, kHiTile},
     {2, 1, "w", kHeader + 2 * kHiTile, 2 * kLoTile, 3, 1, 32, 4, 40, 70, 96, kLoTile},
     {3, 1, "n", kHeader + 2 * kHiTile + 2 * kLoTile, 28, 0, 0, 0, 0, 7, 1, 1, 0},
     {77, 0, "later", kHeader + 2 * kHiTile + 2 * kLoTile + 64, 5, 9, 9, 9, 9, 9, 9, 9, 9},
-    {1, 1, "meta", kHeader + 2 * kHiTile + 2 * kLoTile + 128, 2, 0, 0, 0, 0, 0, 0, 0, 0},
+    {4, 1, "m.tiles", kMask, 2, 2, 0, 64, 0, 40, 70, 128, 3},
+    {2, 1, "m", kMasked, 3 * kGroupBytes, 2, 0, 64, 0, 40, 70, 128, 2 * kGroupBytes},
+    {1, 1, "meta", kMasked + 3 * kGroupBytes, 2, 0, 0, 0, 0, 0, 0, 0, 0},
 };
-constexpr uint64_t kFile = kHeader + 2 * kHiTile + 2 * kLoTile + 130;
+constexpr uint64_t kFile = kMasked + 3 * kGroupBytes + 2;
 
 std::vector<uint8_t> build() {
   std::vector<uint8_t> data(kFile);
@@ -111,7 +115,7 @@ void field(const char* reason, uint32_t entry, size_t offset, uint64_t value, in
 // The entry becomes one of an unknown kind that need not be read.
 void skipped(const char* reason, uint32_t entry) {
   refused(reason, [=](std::vector<uint8_t>& data) {
-    put(data, 64 + 128 * entry + kKind, 5, 4);
+    put(data, 64 + 128 * entry + kKind, 6, 4);
     put(data, 64 + 128 * entry + kFlags, 0, 4);
   });
 }
@@ -122,7 +126,8 @@ void test_good() {
   CHECK(parse_artifact(data.data(), data.size(), data.size(), &header).empty());
   CHECK(header.sections.size() == kEntries && header.major == 1 && header.minor == 0);
   CHECK(header.sections[1].name == "w" && header.sections[1].plane == 1 && header.sections[1].lo_shift == 4);
-  CHECK(!header.sections[3].known && header.sections[4].name == "meta");
+  CHECK(header.sections[4].known && header.sections[4].stored == 3 && header.sections[5].stored == 0);
+  CHECK(!header.sections[3].known && header.sections[6].name == "meta");
   CHECK(parse_artifact(data.data(), kHeader, data.size(), &header).empty());  // the bodies are not needed
 }
 
@@ -155,7 +160,7 @@ void test_entries() {
   field("outside", 0, kNameOffset, 0);
   field("outside", 0, kNameOffset, kHeader);
   field("outside", 0, kNameOffset, 0xFFFFFFFFu);
-  field("outside", 4, kNameBytes, 255);
+  field("outside", 6, kNameBytes, 255);
   field("255", 0, kNameBytes, 0);
   field("255", 0, kNameBytes, 256);
   refused("UTF-8", [](auto& d) { d[kNames] = 0xFF; });
@@ -165,7 +170,7 @@ void test_entries() {
   field("overlaps", 1, kOffset, kHeader, 8);
   field("beyond", 0, kOffset, uint64_t{1} << 60, 8);
   field("beyond", 0, kBytes, uint64_t{1} << 60, 8);
-  field("beyond", 4, kBytes, UINT64_MAX, 8);
+  field("beyond", 6, kBytes, UINT64_MAX, 8);
   field("beyond", 3, kBytes, UINT64_MAX - 1, 8);  // skipped sections are bounded too
 }
 
@@ -180,22 +185,49 @@ void test_shapes() {
   field("too many", 0, kRows, 0xFFFFFFFFu);
   field("too many", 0, kCols, 0x80000000u);
   field("tile bytes", 0, kTileBytes, kHiTile + 1, 8);
-  field("body size", 0, kRows, 65);
+  field("contradict", 0, kRows, 65);  // 3 tiles: hi and lo differ
   field("body size", 0, kBytes, 2 * kHiTile - 1, 8);
   field("contradict", 0, kRows, 41);  // hi and lo differ
   field("contradict", 1, kLoShift, 3);
   field("vector", 2, kCols, 2);
   field("vector", 2, kRows, 0);
   field("body size", 2, kRows, 8);
-  field("shape", 4, kRows, 1);
-  field("16 MiB", 4, kBytes, 0, 8);
+  field("shape", 6, kRows, 1);
+  field("16 MiB", 6, kBytes, 0, 8);
   refused("twice", [](auto& d) {  // the meta section is called like the vector
-    put(d, 64 + 128 * 4 + kNameOffset, kNames + 2, 4);
-    put(d, 64 + 128 * 4 + kNameBytes, 1, 4);
+    put(d, 64 + 128 * 6 + kNameOffset, kNames + 2, 4);
+    put(d, 64 + 128 * 6 + kNameBytes, 1, 4);
   });
-  skipped("one meta", 4);
+  skipped("one meta", 6);
   skipped("no hi plane", 0);
   skipped("lo_shift but no lo", 1);
+}
+
+void test_tile_masks() {
+  field("no such encoding", 4, kEncoding, 0);
+  field("no such encoding", 4, kPlane, 1);
+  field("no such encoding", 4, kLoShift, 1);
+  field("contradict", 4, kGroup, 0);
+  field("contradict", 4, kGroup, 48);
+  field("contradict", 4, kPaddedCols, 70);
+  field("no rows", 4, kRows, 0);
+  field("too many", 4, kRows, 0xFFFFFFFFu);
+  field("body size", 4, kRows, 65);
+  field("body size", 4, kBytes, 3, 8);
+  field("more groups", 4, kTileBytes, 0, 8);
+  field("more groups", 4, kTileBytes, 5, 8);
+  field("more groups", 4, kTileBytes, UINT64_MAX, 8);
+  field("'m': body size", 4, kTileBytes, 2, 8);
+  field("'m': body size", 5, kBytes, 2 * kGroupBytes, 8);
+  field("mask", 4, kRows, 41);  // not its matrix's
+  field("mask", 5, kRows, 41);
+  field("no matrix", 4, kNameBytes, 6);  // "m.tile"
+  refused("no matrix", [](auto& d) {     // "tiles": too short for a suffix
+    put(d, 64 + 128 * 4 + kNameOffset, kNames + 1 + 1 + 1 + 5 + 2, 4);
+    put(d, 64 + 128 * 4 + kNameBytes, 5, 4);
+  });
+  skipped("'m': body size", 4);
+  skipped("no matrix", 5);
 }
 
 void test_later_minor_version() {
@@ -230,6 +262,7 @@ int main() {
   test_fixed_part();
   test_entries();
   test_shapes();
+  test_tile_masks();
   test_later_minor_version();
   test_every_byte();
   return haomiao_test::failures != 0;

@@ -44,8 +44,9 @@ class Weights {
     }
     std::vector<uint8_t>* lo = planes ? &bytes(static_cast<size_t>(tiles * groups * 512)) : nullptr;
     Weight weight;
-    const char* wrong = make_weight(static_cast<uint32_t>(encoding_), rows, cols, planes ? 32 : 0, planes ? 4 : 0,
-                                    hi.data(), hi.size(), lo ? lo->data() : nullptr, lo ? lo->size() : 0, &weight);
+    const char* wrong =
+        make_weight(static_cast<uint32_t>(encoding_), rows, cols, planes ? 32 : 0, planes ? 4 : 0, hi.data(), hi.size(),
+                    lo ? lo->data() : nullptr, lo ? lo->size() : 0, nullptr, &weight);
     CHECK(wrong == nullptr);
     return weight;
   }

@@ -21,6 +21,7 @@ class Weight:
         lo_shift: int,
         hi: npt.NDArray[Any],
         lo: npt.NDArray[Any] | None,
+        kept: npt.NDArray[Any] | None = None,
     ) -> None: ...
 
 def prepare(isa: str, activation: str, x: npt.NDArray[Any], padded_cols: int) -> npt.NDArray[Any]: ...
@@ -153,6 +154,7 @@ class Runner:
         block_tables: npt.NDArray[Any],
         logit_rows: npt.NDArray[Any],
         greedy: npt.NDArray[Any] | None,
+        copies: npt.NDArray[Any] | None,
         logits: npt.NDArray[Any],
         argmax: npt.NDArray[Any],
     ) -> int: ...

@@ -53,8 +53,10 @@ POINTS: Mapping[str, Point] = {
     "full": Point("full", planes="full", activations="f32", head="full", default_kv="f32"),
     "bf16": Point("bf16", planes="bf16", activations="bf16", head="bf16", default_kv="bf16"),
     "int8": Point("int8", planes="hi+lo", activations="int8", head="hi+lo", default_kv="bf16"),
+    "int4-w": Point("int4-w", planes="hi", activations="bf16", head="hi+lo", default_kv="bf16"),
     "int4": Point("int4", planes="hi", activations="int8", head="hi+lo", default_kv="bf16"),
 }
+"""The most accurate first. `int4-w` is int4 weights with 16-bit activations: the torch executor's."""
 
 
 # ---- one step -----------------------------------------------------------------------------------------------------
@@ -76,6 +78,9 @@ class StepBatch:
     greedy: B8 | None = None
     """[rows] True where only the argmax is wanted, so that the executor may screen the head; that row's logits are then
     unspecified. None: every row is wanted whole."""
+    copies: I32 | None = None
+    """[copies, 2] (index into token_ids, KV block), ascending by token: K and V of the token go into that block too, at
+    the same place. So a span may go on from another of the same step with a copy of its last block. None: none."""
 
     @property
     def tokens(self) -> int:

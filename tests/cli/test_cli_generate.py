@@ -80,9 +80,8 @@ def test_every_flag_reaches_the_model(fake: Any, tmp_path: Path) -> None:
     )
     argv += shlex.split("--repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --ignore-eos")
     argv += ["--stop", "\n", "--stop", "END", "--budget-ms", "50", "--json-schema", str(schema)]
-    argv += shlex.split(
-        "--point int4 --threads 3 --max-context 128 --kv int8 --executor reference --revision main --offline"
-    )
+    argv += shlex.split("--point int4 --threads 3 --max-context 128 --kv int8 --device cpu --executor reference")
+    argv += ["--revision", "main", "--offline"]
     assert main(["generate", *argv]) == 0
     assert fake.opened[0][1] == {
         **{
@@ -93,6 +92,7 @@ def test_every_flag_reaches_the_model(fake: Any, tmp_path: Path) -> None:
             "revision": "main",
             "offline": True,
             "executor": "reference",
+            "device": "cpu",
         }
     }
     assert fake.asked[0][1] == {

@@ -17,7 +17,7 @@ from haomiao.load.artifact import Artifact
 from haomiao.load.source import open_source
 from haomiao.models.convert import convert
 from haomiao.models.registry import plan_for
-from tests.compress.test_job import run
+from tests.compress.test_job import run, source_of
 from tests.golden.cases import CASES
 
 WHOLE = next(
@@ -46,6 +46,14 @@ def test_what_is_read_back_is_what_was_solved(point: str, planes: str, tmp_path:
     assert config["config_groups"]["group_0"]["weights"]["group_size"] == 32
 
 
+def test_fused_matrices_are_written_whole(tmp_path: Path) -> None:
+    fused = next(c for c in CASES if c.name == "phi3-window")
+    artifact = Artifact.open(convert(source_of(fused), tmp_path / "out", with_lo=False))
+    again = Artifact.open(convert(open_source(export(artifact, tmp_path / "ct", "int4")), tmp_path / "again"))
+    for name in ("layers.0.qkv", "layers.1.gate_up", "layers.1.down"):
+        np.testing.assert_array_equal(unpack(again.tensors[name], "hi"), unpack(artifact.tensors[name], "hi"))
+
+
 def test_words_hold_eight_codes_low_bits_first() -> None:
     codes = np.array([[-8, 7, 0, 1, 2, 3, 4, 5, -1]], np.int16)
     first, second = pack_words(codes)[0].view(np.uint32)
@@ -71,9 +79,9 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full" / "file").touch()
     with pytest.raises(InputError, match="exists already"):
         export(artifact, tmp_path / "full", "int4")
-    fused = next(c for c in CASES if c.name.startswith("phi3"))
-    with pytest.raises(UnsupportedModelError, match="fuse"):
-        export(run(tmp_path / "phi", fused), tmp_path / "y", "int4")
+    transposed = next(c for c in CASES if c.name.startswith("gpt2"))
+    with pytest.raises(UnsupportedModelError, match="transposed"):
+        export(run(tmp_path / "gpt2", transposed), tmp_path / "y", "int4")
     ask = ["compress", str(tmp_path / "out"), "-o", str(tmp_path / "cli"), "--format", "compressed-tensors"]
     assert main([*ask, "--method", "gptq"]) == 2
     assert "then export it" in capsys.readouterr().err

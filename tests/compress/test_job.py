@@ -38,7 +38,7 @@ def samples_of(case: Any = CASE, count: int = 24) -> Samples:
 
 def run(out: Path, case: Any = CASE, recipe: dict[str, Any] | None = None, **options: Any) -> Artifact:
     return Artifact.open(
-        compress(source_of(case), out, recipe_of(recipe or {}), samples=samples_of(case), threads=1, **options)
+        compress(source_of(case), out, recipe_of(recipe or {}), samples=samples_of(case), **{"threads": 1, **options})
     )
 
 
@@ -149,14 +149,14 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from tests.compress.test_job import run
-run(Path(sys.argv[1]), recipe={"awq": True})
+run(Path(sys.argv[1]), recipe={"awq": True}, threads=int(sys.argv[2]))
 """
 
 
 def test_kill_9_and_again(tmp_path: Path) -> None:
     run(tmp_path / "whole", recipe={"awq": True})
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", PROGRAM, str(out)]
+    command = [sys.executable, "-c", PROGRAM, str(out), "1"]
     kills = 0
     for stages in (1, 4):
         process = subprocess.Popen(command, cwd=ROOT)
@@ -166,6 +166,7 @@ def test_kill_9_and_again(tmp_path: Path) -> None:
         kills += process.wait() == -signal.SIGKILL
     assert kills
     assert not out.exists()
+    command[-1] = "2"  # BLAS adds in another order with two threads: the run keeps the one that it began with
     subprocess.run(command, cwd=ROOT, check=True)
     assert content(out) == content(tmp_path / "whole")
 
@@ -189,6 +190,25 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path: Path, monke
     run(tmp_path / "out")
     run(tmp_path / "whole")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"identity": {}, "blas_threads": -1}'], ids=repr)
+def test_stages_of_nobody_knows_which_run_are_neither_used_nor_lost(text: str | None, tmp_path: Path) -> None:
+    def stop(what: str, *_: object) -> None:
+        if "measuring" in what:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(tmp_path / "out", progress=stop)
+    begun = tmp_path / "out.partial" / "run.json"
+    begun.unlink()
+    if text is not None:
+        begun.write_text(text)
+    before = sorted((tmp_path / "out.partial").glob("*.stage"))
+    with pytest.raises(InputError, match="--restart discards it"):
+        run(tmp_path / "out")
+    assert sorted((tmp_path / "out.partial").glob("*.stage")) == before
+    run(tmp_path / "out", restart=True)
 
 
 # ---- refusals

@@ -64,6 +64,12 @@ class FakeExecutor:
                 assert place[0] >= 0 and place not in written, "two sequences write one place"
                 written.add(place)
                 self.kv[place] = (int(token), position, self.points.index(batch.point))
+                for row, block in () if batch.copies is None else batch.copies:
+                    if row == start + offset:
+                        place = int(block), position % KV_BLOCK_TOKENS
+                        assert place not in written, "a copy overwrites what somebody wrote"
+                        written.add(place)
+                        self.kv[place] = (int(token), position, self.points.index(batch.point))
             blocks = table[: -(-(past + end - start) // KV_BLOCK_TOKENS)]
             seen = self.kv[blocks].reshape(-1, 3)[: past + end - start]
             assert (seen[:, 1] == np.arange(len(seen))).all(), "K/V of another position"

@@ -55,7 +55,7 @@ class Times:
     def bound(self, shape: StepShape) -> float | None:
         return (self.predict(shape) or 0.0) * 1.3
 
-    def margin(self, steps: int) -> float:
+    def margin(self, nanoseconds: float) -> float:
         return 1.3
 
     def idle(self) -> Cost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from haomiao.errors import (
     KvExhaustedError,
     OverloadError,
 )
-from haomiao.types import SamplingParams
+from haomiao.types import SamplingParams, StepBatch
 from tests.engine.fakes import (
     EOS,
     VOCAB,
@@ -524,6 +525,44 @@ def test_logits_of_every_position(step_tokens: int) -> None:
     expected = np.stack([executor.logits_of(history[: end + 1]) for end in range(50)])
     assert done.logits is not None and done.logits.dtype == np.float32
     assert (done.logits == expected).all()
+
+
+def test_a_choice_over_a_cached_prefix_is_one_step() -> None:
+    executor = FakeExecutor(max_step_tokens=128)
+    engine = make_engine(executor)
+    prefix = prompt_of(96)
+    engine.run_until(engine.submit(EngineRequest([*prefix, 5], work="prefill")))
+    options = tuple(tuple(prompt_of(2, seed)) for seed in range(4))
+    prompt = [*prefix, *prompt_of(20, 7)]
+    expected = make_engine(FakeExecutor(max_step_tokens=24)).score_options(prompt, options)  # there is no room for it
+    executor.batches.clear()
+    assert engine.score_options(prompt, options) == expected
+    (batch,) = executor.batches
+    assert batch.tokens == 20 + 4 * 2 and list(batch.past) == [96, *[116] * 4] and len(batch.logit_rows) == 1 + 4 * 2
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
+def test_a_choice_whose_only_step_fails_leaves_nothing(error: BaseException) -> None:
+    executor = FakeExecutor(max_step_tokens=128)
+    engine = make_engine(executor)
+
+    def fail(batch: StepBatch) -> None:
+        raise error
+
+    options = tuple(tuple(prompt_of(2, seed)) for seed in range(4))
+    executor.before_step = fail
+    engine.submit(EngineRequest(prompt_of(50), work="choose", options=options))
+    with contextlib.suppress(KeyboardInterrupt):
+        engine.step()
+    engine.check_integrity()
+    executor.before_step = None
+    done = [event for event in engine.run_until() if isinstance(event, DoneEvent)]
+    assert (len(done) == 1 and done[0].error is None) == isinstance(error, KeyboardInterrupt)
+    assert engine.score_options(prompt_of(50), options) == pytest.approx(
+        make_engine(FakeExecutor(max_step_tokens=8)).score_options(prompt_of(50), options)
+    )
+    engine.check_integrity()
 
 
 @given(

@@ -37,7 +37,7 @@ class Times:
         expected = self.predict(shape)
         return None if expected is None else expected * self._margin
 
-    def margin(self, steps: int) -> float:
+    def margin(self, nanoseconds: float) -> float:
         return self._margin
 
     def idle(self) -> Cost:

@@ -1,7 +1,7 @@
 """Same bits on real executors: whatever else is in the batch, however the prompt was cut, with or without reuse.
 
-The reference executor sums floats through BLAS, whose order depends on the batch: of it, tokens are compared; of the
-native one, logprobs to the last bit, and at several thread counts.
+The reference executor sums floats through BLAS, whose order depends on the batch, and torch promises no order: of these
+two, tokens are compared; of the native one, logprobs to the last bit, and at several thread counts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def artifacts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return {scheme: make_artifact(request.param, directory, scheme) for scheme in ("full", "nested")}
 
 
-@pytest.fixture(scope="module", params=["reference", "native"])
+@pytest.fixture(scope="module", params=["reference", "native", "torch"])
 def runs(request: pytest.FixtureRequest, artifacts: dict[str, Artifact]) -> Iterator[Any]:
     """Makes an engine of the executor under test; executors are kept, since engines leave no trace in them."""
     kind: str = request.param

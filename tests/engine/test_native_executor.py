@@ -19,7 +19,7 @@ from haomiao.errors import InputError, ModelError, UnavailableError, Unsupported
 from haomiao.kernels import pack
 from haomiao.kernels.isa import available
 from haomiao.models import plan as ops
-from haomiao.types import Executor
+from haomiao.types import KV_BLOCK_TOKENS, Executor
 from tests.engine.tiny import (
     STORED_AS,
     Model,
@@ -204,12 +204,48 @@ def test_copied_blocks_hold_the_same() -> None:
 I32_EDGES = st.one_of(st.integers(-3, 12), st.sampled_from([-(2**31), 2**31 - 1, 2**30, 100, 76, 77]))
 
 
+@pytest.mark.parametrize("kv", KV)
+@given(
+    past=st.integers(0, 70),
+    new=st.integers(1, 40),
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    threads=st.integers(1, 3),
+)
+@settings(max_examples=15, deadline=None)
+def test_sequences_may_branch_off_within_a_step(kv: Any, past: int, new: int, sizes: list[int], threads: int) -> None:
+    """K and V of the prompt's last block go into a block of each branch as well: same bits as one after the other."""
+    model = make_model(SHAPES[sorted(SHAPES)[0]], "planes")
+    executor = native(model, "int4", kv_type=kv, threads=threads)
+    prompt, size = tokens_of(past + new), past + new
+    branches = [tokens_of(n, 50 + n) for n in sizes]
+    whole = [run_alone(native(model, "int4", kv_type=kv), np.concatenate([prompt, each]), "int4") for each in branches]
+    blocks = blocks_for(size)
+    if past:
+        executor.step(make_batch([Span(prompt[:past], 0, blocks)], "int4"))
+    spans, copies, free, full = [Span(prompt[past:], past, blocks)], [], 8, size // KV_BLOCK_TOKENS
+    for each in branches:
+        own = np.arange(free, free + -(-(size + len(each)) // KV_BLOCK_TOKENS) - full, dtype=np.int32)
+        free += len(own)
+        if size % KV_BLOCK_TOKENS:
+            executor.copy_blocks(np.array([[blocks[-1], own[0]]], np.int32))
+            copies += [(i - past, own[0]) for i in range(max(past, full * KV_BLOCK_TOKENS), size)]
+        spans.append(Span(each, size, np.concatenate([blocks[:full], own])))
+    batch = make_batch(spans, "int4")
+    batch.copies = np.array(sorted(copies), np.int32).reshape(-1, 2)
+    found, at = executor.step(batch).logits, new
+    assert_same_bits(found[:new], whole[0][past:size])
+    for each, expected in zip(branches, whole, strict=True):
+        assert_same_bits(found[at : at + len(each)], expected[size:])
+        at += len(each)
+
+
 @given(
     token_ids=st.lists(st.integers(-1, 101), min_size=0, max_size=12),
     span_starts=st.lists(I32_EDGES, min_size=0, max_size=5),
     past=st.lists(I32_EDGES, min_size=0, max_size=4),
     tables=st.lists(I32_EDGES, min_size=0, max_size=8),
     rows=st.lists(I32_EDGES, min_size=0, max_size=4),
+    copies=st.lists(st.tuples(I32_EDGES, I32_EDGES), max_size=3),
     columns=st.integers(1, 4),
     honest=st.booleans(),
 )
@@ -220,6 +256,7 @@ def test_hostile_batches_are_refused_in_one_line(
     past: list[int],
     tables: list[int],
     rows: list[int],
+    copies: list[tuple[int, int]],
     columns: int,
     honest: bool,
 ) -> None:
@@ -229,6 +266,7 @@ def test_hostile_batches_are_refused_in_one_line(
     if not honest:
         ids, starts = np.array(token_ids, np.int32), np.array(span_starts, np.int32)
         hostile = replace(hostile, token_ids=ids, span_starts=starts)
+    hostile.copies = np.array(copies, np.int32).reshape(-1, 2)
     try:
         result = HOSTILE.step(hostile)
     except InputError as error:
@@ -267,6 +305,12 @@ def bad(batch: Any, **changes: Any) -> Any:
             {"span_starts": [0, 1, 3], "past": [0, 0], "block_tables": [[5], [5]]},
             "two tokens of the step write the same place",
         ),
+        ({"copies": [[3, 9]]}, "a copy is of a token outside the step"),
+        ({"copies": [[-1, 9]]}, "a copy is of a token outside the step"),
+        ({"copies": [[1, 9], [0, 9]]}, "copies must ascend"),
+        ({"copies": [[0, 64]]}, "a copy names KV block 64; there are 64"),
+        ({"copies": [[0, 0]]}, "two tokens of the step write the same place"),
+        ({"copies": [[0, 1, 2]]}, "copies must be"),
         ({"token_ids": np.array([1, 2, 3], np.int64)}, "token_ids must be an int32 array"),
         ({"block_tables": np.zeros(3, np.int32)}, "block_tables must be an int32 array of 2"),
     ],

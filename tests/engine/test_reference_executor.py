@@ -78,6 +78,27 @@ def test_company_changes_nothing(point: str, artifacts: dict[str, Artifact]) -> 
     np.testing.assert_array_equal(together[27:], alone[:3])
 
 
+def test_sequences_may_branch_off_within_a_step(artifacts: dict[str, Artifact]) -> None:
+    executor = executor_at(artifacts, "int8")
+    Sequence1(executor, "int8", [5, 1]).feed(TOKENS[:35])
+    executor.copy_blocks(np.array([[1, 2]], np.int32))
+    batch = StepBatch(  # five more of a sequence, and what goes on from there in a copy of its last block
+        token_ids=np.array([*TOKENS[35:40], *TOKENS[40:43]], np.int32),
+        span_starts=np.array([0, 5, 8], np.int32),
+        past=np.array([35, 40], np.int32),
+        block_tables=np.array([[5, 1], [5, 2]], np.int32),
+        logit_rows=np.arange(8, dtype=np.int32),
+        point="int8",
+        copies=np.array([[token, 2] for token in range(5)], np.int32),
+    )
+    whole = Sequence1(executor_at(artifacts, "int8"), "int8").feed(TOKENS[:43])
+    np.testing.assert_array_equal(executor.step(batch).logits, whole[35:])
+    for copies in ([[8, 2]], [[0, 24]], [[1, 2], [0, 2]], [[0, 1, 2]]):
+        batch.copies = np.array(copies, np.int32)
+        with pytest.raises(InputError, match="copies"):
+            executor.step(batch)
+
+
 def test_points_order_by_error_and_share_their_state(artifacts: dict[str, Artifact]) -> None:
     full = Sequence1(executor_at(artifacts, "full"), "full").feed(TOKENS)
     errors = {p: kl(Sequence1(executor_at(artifacts, p), p).feed(TOKENS), full) for p in ("bf16", "int8", "int4")}

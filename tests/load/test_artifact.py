@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from haomiao.errors import ArtifactError, InputError, ModelNotFoundError, UnavailableError
+from haomiao.kernels.pack import unpack
 from haomiao.kernels.packed import Encoding, PackedTensor, padded_columns, tile_bytes
 from haomiao.load import artifact_writer
 from haomiao.load.artifact import Artifact, ArtifactWriter
@@ -193,3 +194,49 @@ def test_verify_names_the_section(tmp_path: Path) -> None:
     path.write_bytes(data)
     with Artifact.open(tmp_path / "m") as artifact, pytest.raises(ArtifactError, match="'w5': the checksum"):
         artifact.verify()
+
+
+def masked_tensor() -> PackedTensor:
+    """Nested planes [70, 100] of group 32, blocks (0, 1) and (2, 3) of zero codes."""
+    tensor = random_tensor("planes", 70, 100, 32, True, 4)
+    assert tensor.lo is not None
+    hi, lo = tensor.hi.reshape(3, 4, -1), tensor.lo.reshape(3, 4, -1)
+    for tile, group in ((0, 1), (2, 3)):
+        hi[tile, group, 64:] = 0x88
+        lo[tile, group] = 0x88
+    return tensor
+
+
+def test_empty_blocks_are_left_out_and_come_back_as_zeros(tmp_path: Path) -> None:
+    tensor = masked_tensor()
+    with ArtifactWriter(tmp_path / "m") as writer:
+        writer.add_tensor("w", tensor)
+        with pytest.raises(ArtifactError, match="twice"):
+            writer.add_vector("w.tiles", np.ones(3, np.float32))
+        writer.finish({})
+    with Artifact.open(tmp_path / "m") as artifact:
+        artifact.verify()
+        assert [(s.kind, s.name, s.stored) for s in artifact.sections[:2]] == [(4, "w.tiles", 10), (2, "w", 0)]
+        read = artifact.tensors["w"]
+        assert list(artifact.tensors) == ["w"]
+        assert read.nbytes == 10 * (64 + 512 + 512)
+        assert np.array_equal(np.argwhere(~read.stored), [[0, 1], [2, 3]])
+        for planes in ("hi", "hi+lo"):
+            assert np.array_equal(unpack(read, planes), unpack(tensor, planes))
+
+
+def test_a_mask_that_contradicts_the_header_is_refused(tmp_path: Path) -> None:
+    with ArtifactWriter(tmp_path / "m") as writer:
+        writer.add_tensor("w", masked_tensor())
+        writer.finish({})
+    with Artifact.open(tmp_path / "m") as artifact:
+        where = artifact.sections[0].offset
+    path = tmp_path / "m" / "model.haomiao"
+    good = path.read_bytes()
+    for byte in (0x0F, 0x05, 0x1D):  # one group more, one less, one that does not exist
+        data = bytearray(good)
+        assert data[where] == 0x0D
+        data[where] = byte
+        path.write_bytes(data)
+        with pytest.raises(ArtifactError, match=r"'w.tiles' contradicts itself"):
+            Artifact.open(tmp_path / "m")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from haomiao.kernels.packed import PackedTensor, padded_columns, tile_bytes
+from haomiao.kernels.packed import PackedTensor, pack_mask, padded_columns, tile_bytes
 from haomiao.measure.bytes import kv_bytes_per_token, operations_per_token, weight_bytes_per_step
 from haomiao.models.plan import Plan
 from haomiao.models.registry import plan_for
@@ -56,3 +57,18 @@ def test_kv_bytes(plan: Plan) -> None:
 
 def test_operations_are_two_a_weight_of_the_body(plan: Plan) -> None:
     assert operations_per_token(plan) == 2 * BODY
+    assert operations_per_token(plan, nested(plan)) == 2 * BODY
+
+
+def test_what_a_tile_mask_leaves_out_is_not_counted(plan: Plan) -> None:
+    weights = dict(nested(plan))
+    before = weight_bytes_per_step(plan, weights, "int8"), operations_per_token(plan, weights)
+    name, whole = next((name, w) for name, w in weights.items() if name.endswith("gate_up"))
+    stored = np.zeros((whole.tiles, whole.groups), np.bool_)
+    stored[0] = True
+    share = 1 / whole.tiles
+    hi, lo = (int(plane.size * share) for plane in (whole.hi, whole.lo))  # type: ignore[union-attr]
+    weights[name] = replace(whole, hi=np.zeros(hi, np.uint8), lo=np.zeros(lo, np.uint8), kept=pack_mask(stored))
+    after = weight_bytes_per_step(plan, weights, "int8"), operations_per_token(plan, weights)
+    assert before[0] - after[0] == whole.nbytes - hi - lo
+    assert before[1] - after[1] == round(2 * whole.rows * whole.cols * (1 - share))

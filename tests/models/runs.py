@@ -39,6 +39,10 @@ def make_executor(kind: str, artifact: Artifact, *, max_context: int | None = No
         from haomiao.engine.executors.reference import ReferenceExecutor
 
         return ReferenceExecutor(plan, artifact.tensors, artifact.vectors, **settings)
+    if kind == "torch":
+        executors = pytest.importorskip("haomiao.engine.executors.torch.executor", reason="torch is not installed")
+        second: Executor = executors.TorchExecutor(plan, artifact.tensors, artifact.vectors, **settings)
+        return second
     native = pytest.importorskip("haomiao.engine.executors.native", reason="the native executor is not built")
     executor: Executor = native.NativeExecutor(plan, artifact.tensors, artifact.vectors, threads=1, **settings)
     return executor

@@ -2,6 +2,8 @@
 
 python llama_cpp_worker.py quantize IN.gguf OUT.gguf Q4_K_M
 python llama_cpp_worker.py logits MODEL.gguf IDS.json OUT.npz   (float32 [tokens, vocab] and 64 greedy tokens)
+python llama_cpp_worker.py follow MODEL.gguf IDS.json OUT.npz   (a list of sequences: float32 [tokens, vocab] of each)
+python llama_cpp_worker.py tokenize MODEL.gguf TEXTS.json OUT.json   (ids of each text, special tokens recognised)
 """
 
 from __future__ import annotations
@@ -44,5 +46,24 @@ def logits(model: str, ids_file: str, out: str) -> None:
     np.savez(out, logits=scores, greedy=np.array(greedy, dtype=np.int32))
 
 
+def follow(model: str, ids_file: str, out: str) -> None:
+    llm = llama_cpp.Llama(
+        model, n_ctx=1024, n_batch=512, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, flash_attn=False
+    )
+    found = {}
+    for index, ids in enumerate(json.loads(Path(ids_file).read_text())):
+        llm.reset()
+        llm.eval(ids)
+        found[str(index)] = np.array(llm.scores[: len(ids)], dtype=np.float32)
+    np.savez(out, **found)
+
+
+def tokenize(model: str, texts_file: str, out: str) -> None:
+    llm = llama_cpp.Llama(model, vocab_only=True, verbose=False)
+    texts = json.loads(Path(texts_file).read_text())
+    found = [llm.tokenize(text.encode("utf-8"), add_bos=True, special=True) for text in texts]
+    Path(out).write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
-    {"quantize": quantize, "logits": logits}[sys.argv[1]](*sys.argv[2:])
+    {"quantize": quantize, "logits": logits, "follow": follow, "tokenize": tokenize}[sys.argv[1]](*sys.argv[2:])

@@ -30,16 +30,21 @@ constexpr int kPrefetchBytes = 2304;  // a tile is read so far ahead: the proces
 constexpr bool has_lo(Form f) { return f == Form::both || f == Form::shifted; }
 constexpr int block_bytes(Form f) { return f == Form::bytes ? kByteBytes : kNibbleBytes; }
 
+// One tile: its groups lie one after the other, those that it stores.
 struct Tile {
   const uint8_t *hi, *lo;
-  int blocks, blocks_per_scale;
+  StoredGroups groups;
+  int blocks_per_scale;
   int shift;
 };
 
 template <Form F>
 HAOMIAO_INLINE Tile tile_of(const Weight& w, int index) {
-  return {w.hi + index * w.hi_tile_bytes, has_lo(F) ? w.lo + index * w.lo_tile_bytes : nullptr, w.padded_cols / kGroup,
-          w.group / kGroup, w.lo_shift};
+  const int blocks = w.group / kGroup;
+  const int64_t before = groups_before(w, index);
+  return {w.hi + before * (kScaleBytes + blocks * block_bytes(F)),
+          has_lo(F) ? w.lo + before * blocks * kNibbleBytes : nullptr,
+          stored_groups(w, index, 0, w.padded_cols / w.group), blocks, w.lo_shift};
 }
 
 // Nibbles, or unsigned bytes, of columns 8j..8j+3 (`left`) and 8j+4..8j+7 (`right`), rows 8 * octet...
@@ -180,17 +185,19 @@ void multiply_tile(const Tile& tile, const uint8_t* x, const Target& target) {
     HAOMIAO_UNROLL
     for (int octet = 0; octet < kOctets; ++octet) y[m][octet] = _mm256_setzero_ps();
   }
+  constexpr int64_t kBlock = sizeof(ActivationBlock<M>);
   const __m256 factor = _mm256_set1_ps(plane_factor(tile.shift));
   const uint8_t *hi = tile.hi, *lo = tile.lo;
-  for (int block = 0; block < tile.blocks;) {
+  for (StoredGroups groups = tile.groups; any_left(&groups);) {
     __m256 scale[kOctets];
     HAOMIAO_UNROLL
     for (int octet = 0; octet < kOctets; ++octet) scale[octet] = load_scale<F>(hi, octet, factor);
     hi += kScaleBytes;
-    for (int end = block + tile.blocks_per_scale; block < end; ++block) {
+    const uint8_t* columns = x + int64_t{take_group(&groups)} * tile.blocks_per_scale * kBlock;
+    for (int block = 0; block < tile.blocks_per_scale; ++block) {
       prefetch_block<F>(hi, lo);
-      add_block<F, M>(hi, lo, tile.shift, scale, x, y);
-      x += sizeof(ActivationBlock<M>);
+      add_block<F, M>(hi, lo, tile.shift, scale, columns, y);
+      columns += kBlock;
       hi += block_bytes(F);
       if constexpr (has_lo(F)) lo += kNibbleBytes;
     }
@@ -292,21 +299,23 @@ struct WideScratch {
 template <Form F>
 void multiply_wide(const Tile& tile, const uint8_t* x, int64_t stride, int count, const Target& target,
                    WideScratch* scratch) {
+  constexpr int64_t kBlock = sizeof(ActivationBlock<kWide>);
   memset(scratch->y, 0, sizeof(float) * kTileRows * kLanes * static_cast<size_t>(count));
   const __m256 factor = _mm256_set1_ps(plane_factor(tile.shift));
   const uint8_t *hi = tile.hi, *lo = tile.lo;
-  for (int block = 0; block < tile.blocks;) {
+  for (StoredGroups groups = tile.groups; any_left(&groups);) {
     for (int octet = 0; octet < kOctets; ++octet) {
       _mm256_store_ps(scratch->weights.scale + octet * kLanes, load_scale<F>(hi, octet, factor));
     }
     hi += kScaleBytes;
-    for (int end = block + tile.blocks_per_scale; block < end; ++block) {
+    const uint8_t* columns = x + int64_t{take_group(&groups)} * tile.blocks_per_scale * kBlock;
+    for (int block = 0; block < tile.blocks_per_scale; ++block) {
       prefetch_block<F>(hi, lo);
       unpack_block<F>(hi, lo, tile.shift, &scratch->weights);
-      kAddRows<F>[count - 1](scratch->weights, x, stride, scratch->y);
+      kAddRows<F>[count - 1](scratch->weights, columns, stride, scratch->y);
       hi += block_bytes(F);
       if constexpr (has_lo(F)) lo += kNibbleBytes;
-      x += sizeof(ActivationBlock<kWide>);
+      columns += kBlock;
     }
   }
   for (int v = 0; v < count; ++v) {

@@ -26,10 +26,10 @@ enum class Form {
   unpacked_both  // bytes made by unpack_tile<both> or <shifted>, with f32 scales
 };
 
-// A run of blocks of one tile.
+// A run of groups of one tile; those that it stores lie one after the other.
 struct Part {
   const uint8_t *hi, *lo;
-  int blocks;            // of 32 columns
+  StoredGroups groups;
   int blocks_per_scale;  // group / 32
   int shift;             // lo_shift
   bool first, last;      // of the tile
@@ -144,9 +144,9 @@ HAOMIAO_INLINE void add_block(const uint8_t* hi, const uint8_t* lo, int shift, c
   }
 }
 
-// The blocks of `part` for M tokens that start at x. What earlier blocks of the row added up to lies in `sums`
-// [M][32 rows] unless `part` is the first; there it goes unless `part` is the last. `Keep` leaves the blocks unpacked
-// at `kept`.
+// The groups of `part` for M tokens whose first column is at x. What earlier blocks of the row added up to lies in
+// `sums` [M][32 rows] unless `part` is the first; there it goes unless `part` is the last. `Keep` leaves the blocks
+// unpacked at `kept`.
 template <Form F, int M, bool Keep = false>
 void multiply_part(const Part& part, const uint8_t* x, size_t stride, float* sums, const Target& target,
                    uint8_t* kept = nullptr) {
@@ -157,16 +157,19 @@ void multiply_part(const Part& part, const uint8_t* x, size_t stride, float* sum
   }
   const __m512 factor = _mm512_set1_ps(plane_factor(part.shift));
   const uint8_t *hi = part.hi, *lo = part.lo;
-  for (int block = 0; block < part.blocks;) {
+  for (StoredGroups groups = part.groups; any_left(&groups);) {
     __m512 scale[2];
-    hi = load_scales<F>(hi, factor, scale);
-    for (int end = block + part.blocks_per_scale; block < end; ++block) {
+    if constexpr (!is_unpacked(F)) hi = load_scales<F>(hi, factor, scale);
+    const uint8_t* columns =
+        x + static_cast<size_t>(take_group(&groups) * part.blocks_per_scale) * sizeof(ActivationGroup);
+    for (int block = 0; block < part.blocks_per_scale; ++block) {
+      if constexpr (is_unpacked(F)) hi = load_scales<F>(hi, factor, scale);
       if constexpr (F == Form::hi && M > 4) prefetch_lines(hi + kPrefetchBytes, kNibbleBytes + kScaleBytes);
-      add_block<F, M, Keep>(hi, lo, part.shift, scale, x, stride, y, kept);
+      add_block<F, M, Keep>(hi, lo, part.shift, scale, columns, stride, y, kept);
       if constexpr (Keep) kept += kUnpackedBlock;
       hi += block_bytes(F);
       if constexpr (has_lo(F)) lo += kNibbleBytes;
-      x += sizeof(ActivationGroup);
+      columns += sizeof(ActivationGroup);
     }
   }
   HAOMIAO_UNROLL
@@ -188,18 +191,18 @@ constexpr MultiplyPart kMultiply[] = {multiply_part<F, 1>, multiply_part<F, 2>, 
                                       multiply_part<F, 4>, multiply_part<F, 5>, multiply_part<F, 6>,
                                       multiply_part<F, 7>, multiply_part<F, 8>};
 
-// Blocks [begin, end) of a tile; begin is a multiple of the blocks that share a scale.
+// Groups [begin, end) of a tile.
 template <Form F>
 Part part_of(const Weight& w, int tile, int begin, int end) {
-  const int blocks = w.padded_cols / kGroup, per_scale = w.group / kGroup;
-  const int group_bytes = kScaleBytes + per_scale * block_bytes(F);
-  return {w.hi + tile * w.hi_tile_bytes + int64_t{begin / per_scale} * group_bytes,
-          has_lo(F) ? w.lo + tile * w.lo_tile_bytes + int64_t{begin} * kNibbleBytes : nullptr,
-          end - begin,
-          per_scale,
+  const int blocks = w.group / kGroup;
+  const int64_t at = groups_before(w, tile) + stored_before(w, tile, begin);
+  return {w.hi + at * (kScaleBytes + blocks * block_bytes(F)),
+          has_lo(F) ? w.lo + at * blocks * kNibbleBytes : nullptr,
+          stored_groups(w, tile, begin, end),
+          blocks,
           w.lo_shift,
           begin == 0,
-          end == blocks};
+          end == w.padded_cols / w.group};
 }
 
 // A few tokens: the tile streams through the registers, once for each pass of up to 8 tokens.
@@ -208,7 +211,7 @@ void multiply_few(const LinearCall& call, int tile) {
   const Weight& w = *call.weight;
   const size_t stride = activation_stride(Activation::int8, w.padded_cols);
   const uint8_t* x = static_cast<const uint8_t*>(call.activations);
-  const Part whole = part_of<F>(w, tile, 0, w.padded_cols / kGroup);
+  const Part whole = part_of<F>(w, tile, 0, w.padded_cols / w.group);
   int passes = (call.tokens + kMostShared - 1) / kMostShared;
   for (int token = 0, count; token < call.tokens; token += count, --passes) {
     count = (call.tokens - token + passes - 1) / passes;
@@ -226,13 +229,13 @@ void multiply_panel(const LinearCall& call, int tile, int first, int last) {
   const uint8_t* x = static_cast<const uint8_t*>(call.activations);
   float* sums = static_cast<float*>(call.scratch);
   uint8_t* kept = static_cast<uint8_t*>(call.scratch) + kPanelTokens * kTileRows * 4;
-  const int blocks = w.padded_cols / kGroup;
-  for (int begin = 0; begin < blocks; begin += kPartBlocks, x += kPartBlocks * sizeof(ActivationGroup)) {
-    Part part = part_of<F>(w, tile, begin, blocks - begin < kPartBlocks ? blocks : begin + kPartBlocks);
+  const int groups = w.padded_cols / w.group, most = kPartBlocks * kGroup / w.group;
+  for (int begin = 0; begin < groups; begin += most) {
+    Part part = part_of<F>(w, tile, begin, groups - begin < most ? groups : begin + most);
     int token = first;
     if (F != Form::bytes && last - first > kBestShared) {
       multiply_part<F, kBestShared, true>(part, x + token * stride, stride, sums, target_of(call, tile, token), kept);
-      part = {kept, nullptr, part.blocks, 1, part.shift, part.first, part.last};
+      part.hi = kept;
       token += kBestShared;
     }
     for (; token < last; token += kBestShared) {

@@ -92,6 +92,61 @@ static inline float f32_from_f16(uint16_t h) {
 // 2^-shift, the factor between the scale of `hi` and that of both planes.
 static inline float plane_factor(int shift) { return f32_from_bits(static_cast<uint32_t>(127 - shift) << 23); }
 
+// ---- groups that a tile stores --------------------------------------------------------------------------------------
+
+// Where the groups of a tile begin, counted in groups.
+static inline int64_t groups_before(const Weight& w, int tile) {
+  return w.mask.first ? w.mask.first[tile] : int64_t{tile} * (w.padded_cols / w.group);
+}
+
+// Some groups of one tile, ascending.
+struct StoredGroups {
+  const uint64_t* words;  // of the tile, or nullptr: all groups
+  int end;
+  int first;      // the group of bit 0
+  uint64_t bits;  // those that are still to come
+};
+
+static inline uint64_t stored_bits(const uint64_t* words, int first, int end) {
+  const int left = end - first;
+  const uint64_t exist = left >= 64 ? ~uint64_t{0} : left <= 0 ? 0 : (uint64_t{1} << left) - 1;
+  return words ? words[first / 64] & exist : exist;
+}
+
+// Of groups [begin, end), which exist.
+static inline StoredGroups stored_groups(const Weight& w, int tile, int begin, int end) {
+  const uint64_t* words = w.mask.bits ? w.mask.bits + tile * w.mask.words : nullptr;
+  const int first = begin / 64 * 64;
+  return {words, end, first, stored_bits(words, first, end) & ~uint64_t{0} << begin % 64};
+}
+
+// Moves on to where groups are left; false if there are none.
+static inline bool any_left(StoredGroups* groups) {
+  while (groups->bits == 0) {
+    groups->first += 64;
+    if (groups->first >= groups->end) return false;
+    groups->bits = stored_bits(groups->words, groups->first, groups->end);
+  }
+  return true;
+}
+
+// The next group, after any_left().
+static inline int take_group(StoredGroups* groups) {
+  const int group = groups->first + __builtin_ctzll(groups->bits);
+  groups->bits &= groups->bits - 1;
+  return group;
+}
+
+// How many of [0, group) the tile stores.
+static inline int64_t stored_before(const Weight& w, int tile, int group) {
+  if (!w.mask.bits) return group;
+  const uint64_t* words = w.mask.bits + tile * w.mask.words;
+  int64_t count = 0;
+  for (int i = 0; i < group / 64; ++i) count += __builtin_popcountll(words[i]);
+  const uint64_t below = (uint64_t{1} << group % 64) - 1;
+  return below ? count + __builtin_popcountll(words[group / 64] & below) : count;
+}
+
 static inline bool reads_both(const LinearCall& call) {
   return call.weight->encoding == Encoding::planes && call.planes == Planes::both && call.weight->lo != nullptr;
 }

@@ -15,16 +15,25 @@ enum class Encoding : uint32_t { f32 = 0, bf16 = 1, int8 = 2, planes = 3 };
 enum class Activation : uint32_t { f32 = 0, bf16 = 1, int8 = 2 };
 enum class Planes : uint32_t { hi = 0, both = 1 };  // which planes of Encoding::planes are read
 
+// Which groups of `group` columns the tiles of a matrix store (int8 and planes): the others are no part of any sum, and
+// take no bytes. Made and checked by runtime/tile_mask.h.
+struct TileMask {
+  const uint64_t* bits;  // [tiles][words]: bit g % 64 of word g / 64 set where group g is stored; nullptr: all are
+  const int64_t* first;  // [tiles + 1]: groups stored before the tile
+  int64_t tiles, groups, words;
+};
+
 // A weight matrix [rows, cols] in kernel layout. Tiles lie one after the other in ascending rows.
 struct Weight {
   Encoding encoding;
-  int32_t rows, cols;   // real sizes
-  int32_t padded_cols;  // multiple of `group` (planes, int8), of 2 (bf16), = cols (f32)
-  int32_t group;        // columns per weight scale: 32, 64 or 128; 0 where there are no scales
-  int32_t lo_shift;     // planes: w = scale / 2^lo_shift * ((hi << lo_shift) + lo); 0..4
-  const uint8_t* hi;    // tiles: hi plane, or the only bytes of the other encodings
-  const uint8_t* lo;    // tiles of the lo plane, or nullptr
-  int64_t hi_tile_bytes, lo_tile_bytes;
+  int32_t rows, cols;                    // real sizes
+  int32_t padded_cols;                   // multiple of `group` (planes, int8), of 2 (bf16), = cols (f32)
+  int32_t group;                         // columns per weight scale: 32, 64 or 128; 0 where there are no scales
+  int32_t lo_shift;                      // planes: w = scale / 2^lo_shift * ((hi << lo_shift) + lo); 0..4
+  const uint8_t* hi;                     // tiles: hi plane, or the only bytes of the other encodings
+  const uint8_t* lo;                     // tiles of the lo plane, or nullptr
+  int64_t hi_tile_bytes, lo_tile_bytes;  // of a tile that stores all groups
+  TileMask mask;
 };
 
 struct LinearCall {

@@ -50,9 +50,11 @@ constexpr int planes_of(Form f) { return f == Form::both ? 2 : 1; }
 constexpr int most_shared(Form f) { return f == Form::both ? 2 : 4; }  // 16 accumulators
 constexpr int block_bytes(Form f) { return f == Form::bytes ? kByteBytes : kNibbleBytes; }
 
+// One tile: its groups lie one after the other, those that it stores.
 struct Tile {
   const uint8_t *hi, *lo;
-  int blocks, blocks_per_scale;
+  StoredGroups groups;
+  int blocks_per_scale;
   int shift;
 };
 
@@ -126,18 +128,20 @@ void multiply_tile(const Tile& tile, const uint8_t* x, size_t stride, const Targ
   }
   const float factor = F == Form::both ? plane_factor(tile.shift) : 1.0f;
   const uint8_t *hi = tile.hi, *lo = tile.lo;
-  for (int block = 0; block < tile.blocks;) {
+  for (StoredGroups groups = tile.groups; any_left(&groups);) {
     float32x4_t scale[8];
     for (int quartet = 0; quartet < 8; ++quartet) {
       const float16x4_t halves = vreinterpret_f16_u8(vld1_u8(hi + quartet * 8));
       scale[quartet] = vmulq_n_f32(vcvt_f32_f16(halves), factor);
     }
     hi += kScaleBytes;
-    for (int end = block + tile.blocks_per_scale; block < end; ++block) {
-      for (int r = 0; r < 2; ++r) add_block<F, M>(hi, lo, r, tile.shift, scale + 4 * r, x, stride, y);
+    const uint8_t* columns =
+        x + static_cast<size_t>(take_group(&groups) * tile.blocks_per_scale) * sizeof(ActivationGroup);
+    for (int block = 0; block < tile.blocks_per_scale; ++block) {
+      for (int r = 0; r < 2; ++r) add_block<F, M>(hi, lo, r, tile.shift, scale + 4 * r, columns, stride, y);
       hi += block_bytes(F);
       if constexpr (F == Form::both) lo += kNibbleBytes;
-      x += sizeof(ActivationGroup);
+      columns += sizeof(ActivationGroup);
     }
   }
   for (int m = 0; m < M; ++m) {
@@ -158,9 +162,12 @@ void linear_int(const LinearCall& call) {
   const Weight& w = *call.weight;
   const size_t stride = activation_stride(Activation::int8, w.padded_cols);
   const uint8_t* x = static_cast<const uint8_t*>(call.activations);
+  const int blocks = w.group / kGroup;
   for (int index = call.tile_begin; index < call.tile_end; ++index) {
-    const Tile tile = {w.hi + index * w.hi_tile_bytes, F == Form::both ? w.lo + index * w.lo_tile_bytes : nullptr,
-                       w.padded_cols / kGroup, w.group / kGroup, w.lo_shift};
+    const int64_t before = groups_before(w, index);
+    const Tile tile = {w.hi + before * (kScaleBytes + blocks * block_bytes(F)),
+                       F == Form::both ? w.lo + before * blocks * kNibbleBytes : nullptr,
+                       stored_groups(w, index, 0, w.padded_cols / w.group), blocks, w.lo_shift};
     for (int token = 0; token < call.tokens; token += most_shared(F)) {
       const int left = call.tokens - token, count = left < most_shared(F) ? left : most_shared(F);
       kMultiply<F>[count - 1](tile, x + token* stride, stride, target_of(call, index, token));

@@ -74,35 +74,31 @@ int nibble(const uint8_t* plane, int row, int column) {
   return (high ? byte >> 4 : byte & 15) - 8;
 }
 
-// One tile of an encoding with scales, seen in groups of 32 columns.
-struct ScaledTile {
+// One group of a tile of an encoding with scales.
+struct ScaledGroup {
   const Weight* weight;
   const uint8_t *hi, *lo;  // lo is nullptr unless both planes are read
 
-  ScaledTile(const Weight& w, int tile, bool both)
-      : weight(&w),
-        hi(w.hi + static_cast<int64_t>(tile) * w.hi_tile_bytes),
-        lo(both ? w.lo + static_cast<int64_t>(tile) * w.lo_tile_bytes : nullptr) {}
+  // The tile stores `before` groups ahead of this one.
+  ScaledGroup(const Weight& w, int tile, int64_t before, bool both) : weight(&w) {
+    const int64_t at = groups_before(w, tile) + before, blocks = w.group / kGroup;
+    hi = w.hi + at * (kScaleBytes + blocks * block_bytes());
+    lo = both ? w.lo + at * blocks * kNibbleBytes : nullptr;
+  }
 
   int block_bytes() const { return weight->encoding == Encoding::int8 ? kByteBytes : kNibbleBytes; }
 
-  const uint8_t* group_start(int g) const {
-    const int blocks = weight->group / kGroup;
-    return hi + static_cast<int64_t>(g / blocks) * (kScaleBytes + blocks * block_bytes());
-  }
-
-  float scale(int g, int row) const {
-    const float ws = f32_from_f16(load_u16(group_start(g) + row * 2));
+  float scale(int row) const {
+    const float ws = f32_from_f16(load_u16(hi + row * 2));
     return lo ? ws * plane_factor(weight->lo_shift) : ws;
   }
 
-  int code(int g, int row, int column) const {
-    const int block = g % (weight->group / kGroup);
-    const uint8_t* bytes = group_start(g) + kScaleBytes + block * block_bytes();
+  // Of a column of one of the group's blocks of 32.
+  int code(int block, int row, int column) const {
+    const uint8_t* bytes = hi + kScaleBytes + block * block_bytes();
     if (weight->encoding == Encoding::int8) return bytes[(column / 4 * kTileRows + row) * 4 + column % 4] - 128;
     const int code = nibble(bytes, row, column);
-    return lo ? code * (1 << weight->lo_shift) + nibble(lo + static_cast<int64_t>(g) * kNibbleBytes, row, column)
-              : code;
+    return lo ? code * (1 << weight->lo_shift) + nibble(lo + block * kNibbleBytes, row, column) : code;
   }
 };
 
@@ -116,12 +112,18 @@ float plain_weight(const Weight& w, int row, int column) {
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-float scaled_dot(const ScaledTile& tile, int row, const ActivationGroup* x) {
+float scaled_dot(const Weight& w, int row, bool both, const ActivationGroup* x) {
+  const int tile = row / kTileRows, r = row % kTileRows, blocks = w.group / kGroup;
   float y = 0;
-  for (int g = 0; g < tile.weight->padded_cols / kGroup; ++g) {
-    int32_t sum = 0;
-    for (int c = 0; c < kGroup; ++c) sum += tile.code(g, row, c) * x[g].q[c];
-    y = fmaf(tile.scale(g, row) * x[g].scale, static_cast<float>(sum), y);
+  StoredGroups groups = stored_groups(w, tile, 0, w.padded_cols / w.group);
+  for (int64_t before = 0; any_left(&groups); ++before) {
+    const ScaledGroup group(w, tile, before, both);
+    const ActivationGroup* columns = x + take_group(&groups) * blocks;
+    for (int block = 0; block < blocks; ++block) {
+      int32_t sum = 0;
+      for (int c = 0; c < kGroup; ++c) sum += group.code(block, r, c) * columns[block].q[c];
+      y = fmaf(group.scale(r) * columns[block].scale, static_cast<float>(sum), y);
+    }
   }
   return y;
 }
@@ -143,12 +145,11 @@ void linear(const LinearCall& call) {
   const size_t stride = activation_stride(call.activation, w.padded_cols);
   const bool both = reads_both(call);
   for (int row = call.tile_begin * kTileRows; row < call.tile_end * kTileRows && row < w.rows; ++row) {
-    const ScaledTile tile(w, row / kTileRows, both);
     for (int t = 0; t < call.tokens; ++t) {
       const uint8_t* x = static_cast<const uint8_t*>(call.activations) + static_cast<size_t>(t) * stride;
       float y;
       if (call.activation == Activation::int8) {
-        y = scaled_dot(tile, row % kTileRows, reinterpret_cast<const ActivationGroup*>(x));
+        y = scaled_dot(w, row, both, reinterpret_cast<const ActivationGroup*>(x));
       } else if (call.activation == Activation::bf16) {
         y = bf16_dot(w, row, reinterpret_cast<const uint16_t*>(x));
       } else {
@@ -166,10 +167,15 @@ void read_row(const Weight& w, int32_t row, float* out) {
     for (int c = 0; c < w.cols; ++c) out[c] = plain_weight(w, row, c);
     return;
   }
-  const ScaledTile tile(w, row / kTileRows, w.lo != nullptr);
-  for (int c = 0; c < w.cols; ++c) {
-    const int g = c / kGroup, r = row % kTileRows;
-    out[c] = tile.scale(g, r) * static_cast<float>(tile.code(g, r, c % kGroup));
+  const int tile = row / kTileRows, r = row % kTileRows;
+  for (int c = 0; c < w.cols; ++c) out[c] = 0;
+  StoredGroups groups = stored_groups(w, tile, 0, w.padded_cols / w.group);
+  for (int64_t before = 0; any_left(&groups); ++before) {
+    const ScaledGroup group(w, tile, before, w.lo != nullptr);
+    const int begin = take_group(&groups) * w.group;
+    for (int c = begin; c < begin + w.group && c < w.cols; ++c) {
+      out[c] = group.scale(r) * static_cast<float>(group.code((c - begin) / kGroup, r, c % kGroup));
+    }
   }
 }
 

@@ -15,7 +15,7 @@ from haomiao.api.requests import ChatPrompts, RequestMaker, token_ids
 from haomiao.engine.driver import Driver
 from haomiao.engine.idle import IdleWorker
 from haomiao.engine.request import DoneEvent, EngineRequest, Event
-from haomiao.errors import EngineError, HaomiaoError, InputError, ModelNotFoundError, UnavailableError
+from haomiao.errors import EngineError, HaomiaoError, InputError, ModelNotFoundError
 from haomiao.types import F32, POINTS, Executor, KvType
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from haomiao.text.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
-MAX_STEP_TOKENS = 512
 
 
 class LLM:
@@ -43,7 +42,8 @@ class LLM:
         threads: int | None = None,
         max_context: int | None = None,
         kv: KvType | None = None,
-        executor: Literal["native", "reference"] = "native",
+        device: Literal["cpu", "cuda", "auto"] | None = None,
+        executor: Literal["native", "reference", "torch"] | None = None,
         isa: str | None = None,
         group: int = 32,
         revision: str | None = None,
@@ -61,12 +61,15 @@ class LLM:
         `point` is the default operating point, and decides what a checkpoint is converted to; `points` are those that a
         request with a budget may be lowered to (default: all that are switchable with it). `kv` is how K and V are
         kept, `kv_memory` the bytes they may take (default: a quarter of the available memory, at most 2 GiB),
-        `max_context` the tokens of a prompt and its answer (default: the model's own, as far as it fits). `speculate`
+        `max_context` the tokens of a prompt and its answer (default: the model's own, as far as it fits). `device` is
+        "cpu" (default), "cuda" (PyTorch and Triton; K and V then take most of the GPU's free memory) or "auto" (a GPU
+        if there is one); `executor` chooses a slow one for comparison. `speculate`
         says who drafts tokens: "suffix" ("auto": what occurred before in prompt and answer), "self" (the model's int4
         plane), another model of the same vocabulary by its name, or "off"; answers are the same in any case. `progress`
         is called with (what, done, total). Raises `ModelError`, `ModelNotFoundError`, `InputError`, `UnavailableError`.
         """
         from haomiao.api.calibration import Calibration
+        from haomiao.api.devices import kv_memory_on, make_executor, on_device, opening_point, place
         from haomiao.api.speculation import check_way, kv_type_of, make_speculator
         from haomiao.engine.engine import Engine
         from haomiao.engine.monitor import DEFAULT_RATE, Monitor
@@ -75,13 +78,14 @@ class LLM:
 
         if kv is not None and kv not in ("f32", "bf16", "int8"):
             raise InputError(f"kv must be f32, bf16 or int8, not {kv!r:.40}", param="kv")
+        placement = place(executor, device)
         way = check_way(speculate)
         if monitor_rate is None:
             monitor_rate = DEFAULT_RATE if max_kl is not None else 0.0
         self.monitor = Monitor(monitor_rate, limit=max_kl)
         opened = open_model(
             model if model is None else os.fspath(model),
-            point=point,
+            point=opening_point(placement, point),
             group=group,
             max_context=max_context,
             revision=revision,
@@ -89,12 +93,14 @@ class LLM:
             hugepages=hugepages,
             progress=progress,
         )
+        opened = on_device(placement, opened, point)
         loading = _Beside(lambda: _load_tokenizer(opened.files_dir))
         try:
             self.kv: KvType = kv or POINTS[opened.default_point].default_kv
-            size = size_pool(opened.plan, self.kv, max_context=max_context, kv_memory=kv_memory)
+            memory = kv_memory_on(placement, opened, kv_memory)
+            size = size_pool(opened.plan, self.kv, max_context=max_context, kv_memory=memory)
             planned = opened.with_context(size.max_context) if size.max_context < opened.plan.max_context else opened
-            runner = _make_executor(executor, planned, self.kv, size.blocks, threads, isa)
+            runner = make_executor(placement, planned, self.kv, size.blocks, threads, isa)
         finally:
             loading.join()
         try:
@@ -115,7 +121,7 @@ class LLM:
         self.eos_ids = _end_ids(self.tokenizer, opened)
         self._opened = opened
         throttled = _throttled(points, self.points, self.point)
-        self._calibration = Calibration(opened, runner, throttled, kind=executor, max_context=self.max_context)
+        self._calibration = Calibration(opened, runner, throttled, kind=placement.name, max_context=self.max_context)
         self._progress = progress
         self._requests = RequestMaker(self.tokenizer, self.vocab_size, self.max_context, self.calibrate)
         self._chat_prompts = ChatPrompts(self._requests)
@@ -126,7 +132,7 @@ class LLM:
                 draft = draft.with_context(context)
             size = size_pool(draft.plan, kv_type_of(draft), max_context=draft.plan.max_context, kv_memory=None)
             tokenizer = _load_tokenizer(draft.files_dir) if self.tokenizer is not None else None
-            return draft, _make_executor(executor, draft, kv_type_of(draft), size.blocks, threads, isa), tokenizer
+            return draft, make_executor(placement, draft, kv_type_of(draft), size.blocks, threads, isa), tokenizer
 
         try:
             speculator = make_speculator(way, runner, self.max_context, self.tokenizer, open_draft)
@@ -377,36 +383,6 @@ def _events(wait: Callable[[], list[Event]]) -> Iterator[Event]:
     """All events of a ticket."""
     while events := wait():
         yield from events
-
-
-def _make_executor(
-    kind: str, opened: OpenedModel, kv: KvType, blocks: int, threads: int | None, isa: str | None
-) -> Executor:
-    """The executor of that name. Raises `UnavailableError` if the compiled core was not built."""
-    from haomiao.config import threads_from_environment
-
-    artifact = opened.artifact
-    common: dict[str, Any] = {
-        "points": opened.points,
-        "kv_type": kv,
-        "kv_blocks": blocks,
-        "max_step_tokens": min(MAX_STEP_TOKENS, opened.plan.max_context),
-    }
-    if kind == "reference":
-        from haomiao.engine.executors.reference import ReferenceExecutor
-
-        return ReferenceExecutor(opened.plan, artifact.tensors, artifact.vectors, **common)
-    if kind != "native":
-        raise InputError(f"executor must be native or reference, not {kind!r:.40}", param="executor")
-    if threads is None:
-        threads = threads_from_environment()
-    elif type(threads) is not int or threads < 1:
-        raise InputError(f"threads must be a positive number, not {threads!r:.40}", param="threads")
-    try:
-        from haomiao.engine.executors.native import NativeExecutor
-    except ImportError as error:
-        raise UnavailableError(f"the compiled core cannot be loaded: {error}") from error
-    return NativeExecutor(opened.plan, artifact.tensors, artifact.vectors, **common, threads=threads, isa=isa)
 
 
 def _throttled(points: Sequence[str] | None, switchable: Sequence[str], point: str) -> tuple[str, ...]:

@@ -80,4 +80,4 @@ def reads(llm: Any, workload: Any) -> dict[str, Any]:
     context = workload.prompt_tokens + workload.new_tokens / 2
     weights = weight_bytes_per_step(llm.plan, llm.weights, llm.point)
     kv = kv_bytes_per_token(llm.plan, llm.kv) * context * workload.streams
-    return {"bytes_per_step": weights + kv, "operations_per_token": operations_per_token(llm.plan)}
+    return {"bytes_per_step": weights + kv, "operations_per_token": operations_per_token(llm.plan, llm.weights)}

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from haomiao.cli import options, terminal
 from haomiao.errors import InputError
+
+if TYPE_CHECKING:
+    from haomiao.load.artifact import Artifact
 
 SCHEMES = ("nested", "exact", "full", "bf16")
 GROUPS = ("32", "64", "128")
 LO_SHIFTS = ("2", "3", "4", "auto")
 METHODS = ("rtn", "gptq")
-FORMATS = ("haomiao", "compressed-tensors")
+FORMATS = ("haomiao", "compressed-tensors", "gguf")
 CALIBRATED = (
-    *("bits", "order", "damping", "awq", "rotate", "prune", "allocation", "max_kl"),
+    *("bits", "order", "damping", "awq", "rotate", "prune", "allocation", "max_kl", "target_ms"),
     *("text", "samples", "length", "held", "restart", "threads"),
 )
 """Flags that only a calibrated compression has."""
@@ -41,7 +44,13 @@ def configure(parser: ArgumentParser) -> None:
     add(
         "--format",
         type=options.one_of(FORMATS),
-        help="compressed-tensors: export an artifact (SRC), exactly, as a Hugging Face directory at --bits 4 or 8",
+        help="export an artifact (SRC), exactly, at --bits 4 or 8: compressed-tensors (a Hugging Face directory) or "
+        "gguf (a file for llama.cpp)",
+    )
+    add(
+        "--round-tables",
+        action="store_true",
+        help="gguf: round the token table and the head to Q8_0 where it does not hold them, instead of float32",
     )
     add("--json", action="store_true", help="print one object about the artifact last")
     add("--quiet", action="store_true", help="no progress bar, no summary")
@@ -56,9 +65,10 @@ def configure(parser: ArgumentParser) -> None:
     add("--damping", type=options.number, help="share of the Hessian's mean diagonal (default 0.01)")
     add("--awq", action="store_true", default=None, help="scale inputs by their magnitude, folded into neighbours")
     add("--rotate", action="store_true", default=None, help="rotate the residual stream, folded into the weights")
-    add("--prune", action="append", metavar="KIND:SHARE", help="tile:0.3, sparsegpt:0.5, wanda:2:4, ...")
+    add("--prune", action="append", metavar="KIND:SHARE", help="structured:0.3, layers:0.2, tile:0.3, wanda:2:4, ...")
     add("--allocation", type=options.one_of(("uniform", "owl")), help="how the share is spread over layers")
     add("--max-kl", type=options.number, help="drop second planes as long as the measured KL of int8 stays below")
+    add("--target-ms", type=options.number, help="search for the most accurate model with so fast a decode step")
     add(
         "--text",
         action="append",
@@ -75,9 +85,12 @@ def configure(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Convert or compress, and say what became of it."""
     model = options.require_model(args)
-    if args.format == "compressed-tensors":
+    if args.round_tables and args.format != "gguf":
+        raise InputError("--round-tables belongs to --format gguf", param="--round-tables")
+    if args.format in ("compressed-tensors", "gguf"):
         return export(args, model)
-    out = convert_only(args, model) if args.method is None and args.recipe is None else calibrated(args, model)
+    plain = args.method is None and args.recipe is None and not searches(args)
+    out = convert_only(args, model) if plain else calibrated(args, model)
 
     from haomiao.cli.models import describe_artifact
 
@@ -99,7 +112,6 @@ def export(args: Namespace, model: str) -> int:
             raise InputError(f"{flag} does not go with --format: compress to an artifact, then export it", param=flag)
 
     from haomiao.cli.models import find_artifact
-    from haomiao.compress.export.compressed_tensors import export as write
     from haomiao.load.artifact import Artifact
 
     path = find_artifact(model)
@@ -107,12 +119,34 @@ def export(args: Namespace, model: str) -> int:
         raise InputError(f"{model} is no artifact: compress it first, then export the artifact", param="model")
     with Artifact.open(path) as artifact:
         point = "int8" if args.bits == "8" else "int4"
-        out = write(artifact, Path(args.output), point)
+        out = Path(args.output)
+        types = write_export(artifact, out, point, args)
+    about = {"path": str(out), "format": args.format, "point": point}
     if args.json:
-        terminal.write_json({"path": str(out), "format": args.format, "point": point})
+        terminal.write_json(about | ({"types": types} if types else {}))
     elif not args.quiet:
-        terminal.note(f"{out}: {args.format}, {point}")
+        counts = ", ".join(f"{count} {name}" for name, count in types.items())
+        terminal.note(f"{out}: {args.format}, {point}{f' ({counts})' if counts else ''}")
     return 0
+
+
+def searches(args: Namespace) -> bool:
+    """True if a limit is given that is searched for: a time, or an error without a method that is to meet it."""
+    return args.target_ms is not None or (args.max_kl is not None and args.method is None and args.recipe is None)
+
+
+def write_export(artifact: Artifact, out: Path, point: str, args: Namespace) -> dict[str, int]:
+    """Write the format that was asked for. Returns how many tensors became which GGUF type, nothing for the others."""
+    if args.format == "compressed-tensors":
+        from haomiao.compress.export import compressed_tensors
+
+        compressed_tensors.export(artifact, out, point)
+        return {}
+    from collections import Counter
+
+    from haomiao.compress.export import gguf
+
+    return dict(Counter(gguf.export(artifact, out, point, round_tables=args.round_tables).values()))
 
 
 def convert_only(args: Namespace, model: str) -> Path:
@@ -156,7 +190,8 @@ def calibrated(args: Namespace, model: str) -> Path:
 
     from haomiao.compress.recipe import read_recipe, recipe_of
 
-    recipe = recipe_of({**(read_recipe(args.recipe) if args.recipe else {}), **flags(args)})
+    read = read_recipe(args.recipe) if args.recipe else {}
+    recipe = recipe_of({**read, **flags(args), **({"search": True} if searches(args) else {})})
 
     from haomiao.cli.models import open_checkpoint, open_tokenizer
     from haomiao.compress.job import compress
@@ -174,9 +209,23 @@ def calibrated(args: Namespace, model: str) -> Path:
                 restart=bool(args.restart),
                 threads=args.threads,
                 progress=bar,
+                tell=None if args.quiet and not args.json else lambda point: show_point(point, args.json),
             )
         finally:
             source.close()
+
+
+def show_point(point: dict[str, Any], as_json: bool) -> None:
+    """One point of a search's way, as it is found."""
+    if as_json:
+        terminal.write_json({"point": point})
+        return
+    levels = ", ".join(f"{count} {level}" for level, count in point["matrices"].items())
+    shape = f"{point['layers']} layers" + (f" of {point['neurons']} neurons" if "neurons" in point else "")
+    terminal.note(
+        f"{point['ms']:8.3f} ms/token  KL {point['kl']:.5f} [{point['kl_low']:.5f}, {point['kl_high']:.5f}]  "
+        f"{point['mb']:.2f} MB  {shape}; {levels}  ({point['step']})"
+    )
 
 
 def flags(args: Namespace) -> dict[str, Any]:

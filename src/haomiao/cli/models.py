@@ -101,6 +101,7 @@ def describe_artifact(path: Path) -> dict[str, Any]:
             "points": meta.get("points", []),
             "default_point": meta.get("default_point"),
             "parameters": parameters(artifact),
+            "tiles_left": tiles_left(artifact),
             "bytes": artifact.nbytes,
             "errors": meta.get("errors"),
             "recipe": meta.get("recipe"),
@@ -137,6 +138,13 @@ def parameters(artifact: Artifact) -> int:
     return matrices + sum(int(vector.size) for vector in artifact.vectors.values())
 
 
+def tiles_left(artifact: Artifact) -> float | None:
+    """Share of all blocks of 32 rows x one group that matrices under tile masks store; None where there is no mask."""
+    masked = [tensor for tensor in artifact.tensors.values() if tensor.kept is not None]
+    blocks = sum(tensor.tiles * tensor.groups for tensor in masked)
+    return round(sum(tensor.share * tensor.tiles * tensor.groups for tensor in masked) / blocks, 4) if blocks else None
+
+
 def sections(path: Path) -> list[dict[str, Any]]:
     """Every matrix and vector of an artifact."""
     from haomiao.load.artifact import Artifact
@@ -150,6 +158,7 @@ def sections(path: Path) -> list[dict[str, Any]]:
                 "cols": tensor.cols,
                 "group": tensor.group,
                 "bytes": tensor.nbytes,
+                "tiles_left": tensor.share,
             }
             for name, tensor in artifact.tensors.items()
         ]

@@ -13,9 +13,10 @@ from typing import Any
 
 from haomiao.errors import InputError
 
-POINT_NAMES = ("full", "bf16", "int8", "int4")
+POINT_NAMES = ("full", "bf16", "int8", "int4-w", "int4")
 KV_NAMES = ("f32", "bf16", "int8")
-EXECUTORS = ("native", "reference")
+EXECUTORS = ("native", "reference", "torch")
+DEVICES = ("cpu", "cuda", "auto")
 ON_BUDGET = ("degrade", "truncate", "refuse")
 TEXT_FILE_LIMIT = 64 << 20  # bytes of a schema, grammar or prompt read from a file or standard input
 
@@ -74,6 +75,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "points": ("HAOMIAO_POINTS", point_list),
     "max_context": ("HAOMIAO_MAX_CONTEXT", positive),
     "kv": ("HAOMIAO_KV", one_of(KV_NAMES)),
+    "device": ("HAOMIAO_DEVICE", one_of(DEVICES)),
     "executor": ("HAOMIAO_EXECUTOR", one_of(EXECUTORS)),
     "revision": ("HAOMIAO_REVISION", str),
     "speculate": ("HAOMIAO_SPECULATE", str),
@@ -102,8 +104,11 @@ def add_runtime(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, help="default: the cores this process may use [HAOMIAO_THREADS]")
     parser.add_argument("--max-context", type=positive, help="tokens of prompt and answer [HAOMIAO_MAX_CONTEXT]")
     parser.add_argument("--kv", type=one_of(KV_NAMES), help=f"how K and V are kept: {', '.join(KV_NAMES)} [HAOMIAO_KV]")
+    parser.add_argument("--device", type=one_of(DEVICES), help="cpu (default), cuda, or auto [HAOMIAO_DEVICE]")
     parser.add_argument(
-        "--executor", type=one_of(EXECUTORS), help="native, or the slow reference in numpy [HAOMIAO_EXECUTOR]"
+        "--executor",
+        type=one_of(EXECUTORS),
+        help="native, torch, or the slow reference in numpy; default: the device's own [HAOMIAO_EXECUTOR]",
     )
 
 
@@ -204,7 +209,10 @@ def budget_options(args: Namespace) -> dict[str, Any]:
 
 def runtime_options(args: Namespace) -> dict[str, Any]:
     """Keyword arguments of `LLM` that were given."""
-    names = ("point", "points", "threads", "max_context", "kv", "executor", "revision", "offline", "speculate")
+    names = (
+        *("point", "points", "threads", "max_context", "kv", "device", "executor"),
+        *("revision", "offline", "speculate"),
+    )
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 

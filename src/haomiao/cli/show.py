@@ -45,5 +45,6 @@ def run(args: Namespace) -> int:
             print(f"{key:<14}{terminal.human_bytes(value) if key == 'bytes' else text}")
     for row in about.get("tensors", ()):
         shape = f"{row['rows']} x {row['cols']}"
-        print(f"  {row['name']:<32} {row['encoding']:<10} {shape:<16} {terminal.human_bytes(row['bytes'])}")
+        left = "" if row.get("tiles_left", 1) == 1 else f"  {row['tiles_left']:.0%} of the tiles left"
+        print(f"  {row['name']:<32} {row['encoding']:<10} {shape:<16} {terminal.human_bytes(row['bytes'])}{left}")
     return 0

@@ -3,22 +3,25 @@
 Layer by layer in the plan's order: the layer's inputs are taken from the stream of calibration samples, its matrix is
 solved, kept in the workspace and used from then on. Beside it a reference runs with the original weights on samples
 that are held out. Whatever is finished survives a kill; the artifact is a function of checkpoint, recipe, text and
-machine alone, however often the run was interrupted.
+machine alone, however often the run was interrupted. (BLAS divides its sums by its number of threads, so a run that
+goes on keeps the number it began with.)
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from haomiao import __version__
 from haomiao.compress import fold
-from haomiao.compress.calibrate import Moments, Stage, Stream, stages
+from haomiao.compress.calibrate import Consume, Moments, Stage, Stream, stages
+from haomiao.compress.depth import layers_left
 from haomiao.compress.error import measure_points
 from haomiao.compress.forward import Buffers, Weights
 from haomiao.compress.layer import solve_layer
@@ -26,18 +29,23 @@ from haomiao.compress.planes import drop_planes, without_lo
 from haomiao.compress.prune.masks import outlier_share, owl_shares
 from haomiao.compress.quantize.rotate import Rotation
 from haomiao.compress.recipe import Recipe
+from haomiao.compress.reference import Reference
+from haomiao.compress.shrink import original_name, renamed, without_layers
+from haomiao.compress.solver import F64
 from haomiao.compress.text import Samples, read_texts, take_samples
+from haomiao.compress.width import Behind, Width
 from haomiao.compress.workspace import Workspace, digest
 from haomiao.errors import InputError, ModelError
+from haomiao.kernels.isa import allowed_cores
 from haomiao.kernels.pack import unpack
-from haomiao.kernels.packed import TILE_ROWS, PackedTensor
+from haomiao.kernels.packed import PackedTensor
 from haomiao.load.artifact import ArtifactWriter
 from haomiao.load.source import Progress, TensorSource
 from haomiao.models.convert import carry_files, resolve
 from haomiao.models.encode import Encoder
-from haomiao.models.plan import Head, Plan
+from haomiao.models.plan import Plan
 from haomiao.models.registry import plan_for
-from haomiao.types import F32, I32
+from haomiao.types import F32
 
 RANKING_WINDOWS = 4
 """Held-out samples that rank the second planes; all of them decide."""
@@ -58,12 +66,14 @@ def compress(
     restart: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    tell: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
     """Compress `source` by `recipe` into the artifact directory `out` and return it.
 
     `encode` is the model's tokenizer; `samples` stands in for it and for the recipe's text. Progress counts
-    multiply-adds, so that time left can be told. Run again after an interruption, it goes on (`OUT.partial`); `restart`
-    begins anew. Raises `InputError`, `ModelError`, and `UnavailableError` if the disk is full: nothing is lost then.
+    multiply-adds, so that time left can be told; a search calls `tell` with every point (`search.run`). Run again after
+    an interruption, it goes on (`OUT.partial`); `restart` begins anew. Raises `InputError`, `ModelError`, and
+    `UnavailableError` if the disk is full: nothing is lost then.
     """
     if samples is None:
         if encode is None:
@@ -77,10 +87,20 @@ def compress(
         "recipe": recipe.as_dict() | {"text": []},
         "samples": digest(samples.calibration, samples.held_out),
     }
-    with Workspace(out, identity, restart=restart) as work:
-        job = Job(source, recipe, samples, work, threads=threads, progress=progress)
-        job.solve()
-        job.write(out, overwrite)
+    count = threads or len(allowed_cores())
+    with (
+        Workspace(out, identity, restart=restart, blas_threads=count) as work,
+        threadpool_limits(work.blas_threads, "blas"),
+    ):
+        layers = layers_left(source, recipe, samples.calibration, work, threads=threads, progress=progress)
+        job = Job(source, recipe, samples, work, layers=layers, threads=threads, progress=progress)
+        if recipe.search:
+            from haomiao.compress.search.run import search
+
+            search(job, out, overwrite, tell)
+        else:
+            job.solve()
+            job.write(out, overwrite)
         work.remove()
     return out
 
@@ -89,6 +109,9 @@ def check_target(out: Path, overwrite: bool) -> None:
     """Refuse before any work what the artifact's writer would refuse after it."""
     if (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise InputError(f"{out} exists already; nothing was written", param="output")
+
+
+Besides = Callable[[str, F32, F64], tuple[dict[str, PackedTensor], dict[str, F32]]]
 
 
 class Job:
@@ -101,6 +124,7 @@ class Job:
         samples: Samples,
         work: Workspace,
         *,
+        layers: list[int] | None = None,
         threads: int | None,
         progress: Progress | None,
     ) -> None:
@@ -113,21 +137,28 @@ class Job:
                 f"samples of {length} tokens; the model is made for {original.max_context}", param="length"
             )
         names = resolve(original, source)
-        self.rotation = Rotation(source.config, names) if recipe.rotate else None
-        config = source.config if self.rotation is None else self.rotation.config
-        self.config = dict(config)
-        self.plan: Plan = plan_for(config, length)
+        self.reference = Reference(Encoder(source, names, "full", recipe.group, 4), samples.held_out, work.folder)
+        self.layers = list(range(original.layers)) if layers is None else layers
+        wide = source.config if layers is None else without_layers(source.config, layers)
+        names = renamed(plan_for(wide), original, names, self.layers)
+        self.rotation = Rotation(wide, names) if recipe.rotate else None
+        wide = wide if self.rotation is None else self.rotation.config
+        self.width = Width(wide, recipe)
+        self.config = self.width.config
+        self.plan: Plan = plan_for(self.config, length)
+        self.wide: Plan = plan_for(wide, length)
+        """The same places and names at full width: what calibration reads before a layer is cut."""
         self.encoder = Encoder(source, names, "nested", recipe.group, 4, True)
         if self.rotation is not None:
             self.rotation.learn(self.encoder)
         self.stages = stages(self.plan)
         self.stream = Stream(self.plan, samples.calibration, work.folder, "calibration")
-        self.reference = Stream(original_plan(source, length), samples.held_out, work.folder, "reference")
         self._progress = progress
+        self.besides: Besides | None = None
+        """What else a layer's stage keeps, made from its matrix and second moments (a search's levels)."""
         self._doing = "preparing"
         self._done, self._total = 0.0, self._all_work()
         self._solved = lru_cache(maxsize=2)(self._unpacked)
-        self._tables: dict[str, tuple[I32, F32]] = {}
 
     # ---- the loop
 
@@ -144,8 +175,10 @@ class Job:
             if not self.work.done(name):
                 weights = self._weights(stage.weight)
                 self._solve_stage(name, stage, weights)
-            self._advance_reference(index)
+            self.reference.advance(self._original_stages(index))
             self._count(stage.weight, self._stage_work(stage), whole=True)
+        if self.recipe.search:
+            return
         if self.recipe.max_kl is not None and not self.work.done("9000"):
             self._drop_planes(self.recipe.max_kl)
         if not self.work.done("9999"):
@@ -158,7 +191,7 @@ class Job:
         tensors: dict[str, PackedTensor] = {}
         vectors: dict[str, F32] = {}
         body = {stage.weight for stage in self.stages}
-        for spec in self.plan.weights.values():
+        for spec in self.wide.weights.values():
             if spec.kind == "vector":
                 vector = self.encoder.vector(spec)
                 vectors[spec.name] = vector if self.rotation is None else self.rotation.vector(spec, vector)
@@ -173,33 +206,42 @@ class Job:
     def _survey(self) -> None:
         """OWL: how many outliers each layer has, on a few samples and with the weights as they are; then its share."""
         self._doing = "surveying layers"
-        stream = Stream(self.plan, self.samples.calibration[:SURVEY_SAMPLES], self.work.folder, "survey")
+        stream = Stream(self.wide, self.samples.calibration[:SURVEY_SAMPLES], self.work.folder, "survey")
         stream.remove()
         stream.place = 0
         latest: dict[str, F32] = {}
-        weights = Weights(latest.__getitem__, self._rows, self.work.vector)
+        weights = Weights(latest.__getitem__, self.work.rows, self.work.vector)
         outliers: dict[str, float] = {}
         for stage in self.stages:
-            moments = Moments(self.plan.weights[stage.weight].cols)
+            moments = Moments(self.wide.weights[stage.weight].cols)
             take = partial(_add, moments, stage.source)
             stream.advance(stage.place, weights, consume=take, store=stage.place)
             latest.clear()
-            latest[stage.weight] = self._weights(stage.weight)
+            latest[stage.weight] = self._original(stage.weight)
             outliers[stage.weight] = outlier_share(latest[stage.weight], moments.hessian())
             self._tell()
         stream.remove()
-        prune = self.recipe.prune[0]
+        prune = self.recipe.mask
+        assert prune is not None  # the recipe's own rule
         self.work.save(SURVEY, {}, {}, {"outliers": outliers, "shares": owl_shares(outliers, prune.share)})
 
     def _solve_stage(self, name: str, stage: Stage, weights: F32) -> None:
         moments = Moments(weights.shape[1])
+        consume = partial(_add, moments, stage.source)
+        block = self.width.block(stage.weight)
+        length = self.samples.calibration.shape[1]
+        behind = None if block is None else Behind(block, self.wide, weights, self.work.vector, length)
+        if behind is not None:
+            consume = partial(_both, consume, behind.add)
         tick = lambda tokens: self._count(stage.weight, tokens * self._token_work(stage))  # noqa: E731
         self.stream.advance(
-            stage.place,
-            Weights(self._solved, self._rows, self.work.vector),
-            consume=partial(_add, moments, stage.source),
-            tick=tick,
+            stage.place, Weights(self._solved, self.work.rows, self.work.vector), consume=consume, tick=tick
         )
+        vectors: dict[str, F32] = {}
+        pruned: dict[str, Any] = {}
+        if behind is not None:
+            cut = behind.cut(self._original(behind.block.taker), self.width)
+            weights, vectors, pruned = np.ascontiguousarray(weights[cut.rows]), cut.vectors, {"pruned": cut.log}
         magnitudes, hessian = moments.magnitudes(), moments.hessian()
         scaled = fold.Folded({}, {}, None)
         if self.recipe.awq:
@@ -208,37 +250,34 @@ class Job:
                 weights = weights * scaled.factors
                 hessian /= np.outer(scaled.factors, scaled.factors)
         share = self.work.log(SURVEY)["shares"][stage.weight] if self.recipe.allocation == "owl" else None
+        tensors: dict[str, PackedTensor] = {}
+        if self.besides is not None:
+            tensors, more = self.besides(stage.weight, weights, hessian)
+            vectors |= more
         packed, log = solve_layer(weights, hessian, self.recipe, stage.weight, share)
-        log = {"weight": stage.weight, "tokens": moments.tokens, **log}
+        log = {"weight": stage.weight, "tokens": moments.tokens, **log, **pruned}
         if scaled.alpha is not None:
             log["awq_alpha"] = scaled.alpha
-        self.work.save(name, {**scaled.tensors, stage.weight: packed}, scaled.vectors, log)
+        self.work.save(name, {**tensors, **scaled.tensors, stage.weight: packed}, {**vectors, **scaled.vectors}, log)
         self._solved.cache_clear()
 
-    def _advance_reference(self, index: int) -> None:
-        """Bring the reference to the next layer's input (or the head's) with this layer's original weights."""
-        plan = self.reference.plan
-        places = [s.place for s in stages(plan)]
-        head = next(i for i, op in enumerate(plan.ops) if isinstance(op, Head))
-        end = places[index + 1] if index + 1 < len(places) else head
-        if self.reference.place >= end:
-            return
-        only = self.stages[index].weight
-        weights: list[F32] = []
-
-        def matrix(name: str) -> F32:
-            assert name == only  # the pieces between layers hold one matrix each
-            if not weights:
-                weights.append(self.encoder.weights(plan.weights[name]))
-            return weights[0]
-
-        vector = lambda name: self.encoder.vector(plan.weights[name])  # noqa: E731
-        self.reference.advance(end, Weights(matrix, self._original_rows, vector), store=end)
+    def _original_stages(self, index: int) -> int:
+        """How many of the reference's linear layers stand up to and with this one of the job's."""
+        if index + 1 == len(self.stages):
+            return len(self.reference.stages)
+        name = original_name(self.stages[index].weight, self.layers)
+        return next(i for i, stage in enumerate(self.reference.stages) if stage.weight == name) + 1
 
     # ---- numbers
 
     def _weights(self, name: str) -> F32:
-        spec = self.plan.weights[name]
+        """The matrix that is to be solved: fitted to fewer columns, where a block lost some."""
+        fitted = self.width.fitted(name)
+        return self._original(name) if fitted is None else self.work.vector(fitted)
+
+    def _original(self, name: str) -> F32:
+        """The checkpoint's matrix at full width (rotated, where the recipe rotates)."""
+        spec = self.wide.weights[name]
         values = self.encoder.weights(spec)
         if not np.isfinite(values).all():
             raise ModelError(f"{self.source.name}: {spec.sources[0]} holds a NaN or an infinity")
@@ -246,45 +285,6 @@ class Job:
 
     def _unpacked(self, name: str) -> F32:
         return unpack(self.work.tensor(name), "hi")
-
-    def _rows(self, name: str, ids: I32) -> F32:
-        """Rows of a table as it is stored: only their tiles are unpacked."""
-        table = self.work.tensor(name)
-        tiles, where = np.unique(ids // TILE_ROWS, return_inverse=True)
-        part = PackedTensor(
-            table.encoding,
-            len(tiles) * TILE_ROWS,
-            table.cols,
-            table.group,
-            table.lo_shift,
-            table.hi.reshape(table.tiles, -1)[tiles].reshape(-1),
-            None if table.lo is None else table.lo.reshape(table.tiles, -1)[tiles].reshape(-1),
-        )
-        found: F32 = unpack(part)[where * TILE_ROWS + ids % TILE_ROWS]
-        return found
-
-    def _original_rows(self, name: str, ids: I32) -> F32:
-        """Rows of a table of the checkpoint: those that the held-out samples use are read once."""
-        if name not in self._tables:
-            spec = self.reference.plan.weights[name]
-            used = np.arange(self.samples.held_out.shape[1]) if name == "positions" else self.samples.held_out
-            rows = np.unique(used).astype(np.int32)
-            self._tables[name] = rows, self.encoder.weights(spec)[rows]
-        rows, values = self._tables[name]
-        found: F32 = values[np.searchsorted(rows, ids)]
-        return found
-
-    def reference_logits(self) -> Iterator[F32]:
-        """Logits of the held-out samples with the original weights, sample by sample."""
-        plan = self.reference.plan
-        head = next(op for op in plan.ops if isinstance(op, Head))
-        weights = self.encoder.weights(plan.weights[head.weight])
-        tokens = self.samples.held_out.shape[1]
-        for buffers in self.reference.outputs():
-            hidden = buffers[head.source]
-            for begin in range(0, len(hidden), tokens):
-                logits = hidden[begin : begin + tokens] @ weights.T * np.float32(head.scale)
-                yield np.float32(head.softcap) * np.tanh(logits / np.float32(head.softcap)) if head.softcap else logits
 
     def points(self) -> tuple[str, ...]:
         """The operating points that the artifact offers, the default first."""
@@ -310,7 +310,7 @@ class Job:
             vectors,
             points or self.points(),
             self.samples.held_out[: windows or None],
-            self.reference_logits,
+            self.reference.logits,
             threads=self.threads,
             progress=lambda done, total: self._tell("measuring"),
         )
@@ -338,13 +338,12 @@ class Job:
                 else:
                     writer.add_tensor(spec.name, self.work.tensor(spec.name))
             carry_files(self.source, writer)
-            writer.finish(self.meta())
+            writer.finish(self.meta(self.work.log("9999")["errors"]))
 
-    def meta(self) -> dict[str, Any]:
-        """The artifact's meta section."""
+    def meta(self, errors: Mapping[str, Any]) -> dict[str, Any]:
+        """The artifact's meta section, given the figures of its points."""
         text = self.samples.described
-        errors = self.work.log("9999")["errors"]
-        log = [line for line in self.work.logs() if "errors" not in line]
+        log = [line for line in self.work.logs() if "errors" not in line and "measured" not in line]
         return {
             "config": self.config,
             "family": self.plan.family,
@@ -370,9 +369,14 @@ class Job:
     # ---- progress
 
     def _token_work(self, stage: Stage) -> float:
-        """Multiply-adds of a token in one pass up to this layer: the moments of its inputs and the layers computed."""
-        spec = self.plan.weights[stage.weight]
-        return float(spec.cols * spec.cols + spec.rows * spec.cols)
+        """Multiply-adds of a token in one pass up to this layer: the moments of its inputs and the layers computed, and
+        the same of the layer behind where width is taken out here."""
+        spec = self.wide.weights[stage.weight]
+        work = float(spec.cols * spec.cols + spec.rows * spec.cols)
+        block = self.width.block(stage.weight)
+        if block is not None:
+            work += spec.rows * spec.cols + float(self.wide.buffers[block.source]) ** 2
+        return work
 
     def _stage_work(self, stage: Stage) -> float:
         spec = self.plan.weights[stage.weight]
@@ -391,6 +395,10 @@ class Job:
             self._done += amount
         self._tell(what)
 
+    def say(self, what: str) -> None:
+        """Tell progress what is being done, without any advance."""
+        self._tell(what)
+
     def _tell(self, what: str | None = None) -> None:
         if self._progress is not None:
             name = what or self._doing
@@ -401,6 +409,6 @@ def _add(moments: Moments, source: str, buffers: Buffers) -> None:
     moments.add(buffers[source])
 
 
-def original_plan(source: TensorSource, length: int) -> Plan:
-    """The plan of the checkpoint as it is."""
-    return plan_for(source.config, length)
+def _both(first: Consume, second: Consume, buffers: Buffers) -> None:
+    first(buffers)
+    second(buffers)

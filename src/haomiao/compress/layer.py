@@ -16,8 +16,9 @@ from haomiao.compress.prune.masks import (
     tile_costs,
     tile_mask,
 )
+from haomiao.compress.prune.sparse import sparsify
 from haomiao.compress.quantize.gptq import Planes, gptq
-from haomiao.compress.recipe import Recipe
+from haomiao.compress.recipe import Prune, Recipe
 from haomiao.compress.solver import F64, layer_error
 from haomiao.kernels.pack import unpack, unpack_codes
 from haomiao.kernels.packed import PackedTensor
@@ -36,7 +37,7 @@ def solve_layer(
     power = float(layer_error(weights, hessian).sum())
     target, mask, choose = _pruning(weights, hessian, recipe, share)
     if recipe.method == "rtn" and recipe.bits != 3:
-        packed, error, lo_error = _round(weights, hessian, recipe, mask)
+        packed, error, lo_error = _round(weights, target, hessian, recipe, mask)
         log: dict[str, Any] = {}
     else:
         planes: Planes = gptq(
@@ -68,10 +69,12 @@ def solve_layer(
 
 def _pruning(weights: F32, hessian: F64, recipe: Recipe, share: float | None) -> tuple[F32, B8 | None, Choose | None]:
     """The weights to be rounded, and the mask that is chosen ahead or the choice that is made on the way."""
-    if not recipe.prune:
+    prune = recipe.mask
+    if prune is None:
         return weights, None, None
-    prune = recipe.prune[0]
     part = prune.share if share is None else share
+    if not recipe.joint:
+        return _pruned_first(weights, hessian, recipe, prune, part)
     if prune.kind == "tile":
         kept = keep_tiles(tile_costs(weights, hessian, recipe.group, recipe.damping), part)
         target = compensate_tiles(weights, hessian, kept, recipe.group, recipe.damping)
@@ -81,9 +84,27 @@ def _pruning(weights: F32, hessian: F64, recipe: Recipe, share: float | None) ->
     return weights, pattern_mask(prune, weights, hessian, part), None
 
 
-def _round(weights: F32, hessian: F64, recipe: Recipe, mask: B8 | None) -> tuple[PackedTensor, float, float | None]:
+def _pruned_first(
+    weights: F32, hessian: F64, recipe: Recipe, prune: Prune, share: float
+) -> tuple[F32, B8 | None, Choose | None]:
+    """SparseGPT as it stands, or tiles cut by Σ w² H_jj, without a thought of the rounding to come."""
+    if prune.kind == "tile":
+        squares = tile_costs(weights, np.diag(np.diagonal(hessian)), recipe.group, recipe.damping)
+        mask = tile_mask(keep_tiles(squares, share), len(weights), weights.shape[1], recipe.group)
+        return weights * mask, mask, None
+    if prune.kind == "sparsegpt":
+        pruned, mask, _ = sparsify(weights, hessian, choose=sparsegpt(prune, share), damping=recipe.damping)
+    else:
+        mask = pattern_mask(prune, weights, hessian, share)
+        pruned = weights * mask
+    return pruned, mask, None
+
+
+def _round(
+    original: F32, target: F32, hessian: F64, recipe: Recipe, mask: B8 | None
+) -> tuple[PackedTensor, float, float | None]:
     """Round what is left to nearest: the packed matrix, the error of what int4 reads, and that of both planes."""
-    original, weights = weights, weights if mask is None else weights * mask
+    weights = target if mask is None else target * mask
     if recipe.bits == 8:
         packed = quantize_int8(weights, recipe.group)
         return packed, float(layer_error(original - unpack(packed), hessian).sum()), None

@@ -9,7 +9,7 @@ summed: errors of layers do not add up (EvoPress, Sieberling et al. 2410.14649, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from haomiao.kernels.packed import PackedTensor
 
@@ -28,7 +28,7 @@ class Dropped:
 
 def without_lo(tensor: PackedTensor) -> PackedTensor:
     """The first plane alone."""
-    return PackedTensor(tensor.encoding, tensor.rows, tensor.cols, tensor.group, 0, tensor.hi)
+    return replace(tensor, lo_shift=0, lo=None)
 
 
 def drop_planes(

@@ -19,15 +19,21 @@ METHODS = ("rtn", "gptq")
 ORDERS = ("group", "static", "natural")
 ALLOCATIONS = ("uniform", "owl")
 PATTERNS = ("magnitude", "wanda", "sparsegpt")
+STRUCTURES = ("structured", "neurons", "heads", "groups", "layers")
 N_OF_M = re.compile(r"([1-9]\d?):([1-9]\d?)")
 MAX_FILE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Prune:
-    """One kind of pruning; `share` is the part that goes."""
+    """One kind of pruning; `share` is the part that goes.
 
-    kind: Literal["tile", "magnitude", "wanda", "sparsegpt"]
+    `neurons` of every FFN, query `heads` of every KV head, KV `groups` with their query heads, whole `layers`;
+    `structured`: heads and neurons, so that the share of the layers' weights goes. They make the model smaller. `tile`
+    and the patterns leave zeros where weights were.
+    """
+
+    kind: Literal["tile", "magnitude", "wanda", "sparsegpt", "structured", "neurons", "heads", "groups", "layers"]
     share: float
     pattern: tuple[int, int] | None = None
     """(n, m): n zeros in every m neighbouring columns of a row."""
@@ -50,14 +56,32 @@ class Recipe:
     awq: bool = False
     rotate: bool = False
     prune: tuple[Prune, ...] = ()
+    joint: bool = True
+    """False: masks are chosen and made up for first, and what is left is quantized as if it had always been so. For
+    comparison; only recipes say it."""
     allocation: Literal["uniform", "owl"] = "uniform"
     max_kl: float | None = None
-    """Drop second planes, the least useful first, as long as the measured KL of `int8` stays below."""
+    """Drop second planes, the least useful first, as long as the measured KL of `int8` stays below. In a search: find
+    the fastest model whose KL stays below."""
+    search: bool = False
+    """Over bits, tiles, width and depth, by measured error and time, towards `target_ms` or `max_kl` or both."""
+    target_ms: float | None = None
+    """Of a decode step of one token."""
     text: tuple[str, ...] = ()
     samples: int = 128
     length: int = 512
     held: int = 16
     """Samples kept for measuring the error."""
+
+    @property
+    def mask(self) -> Prune | None:
+        """The pruning that leaves zeros."""
+        return next((each for each in self.prune if each.kind not in STRUCTURES), None)
+
+    @property
+    def structured(self) -> tuple[Prune, ...]:
+        """The prunings that make the model smaller."""
+        return tuple(each for each in self.prune if each.kind in STRUCTURES)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; `recipe_of` reads it back."""
@@ -71,6 +95,7 @@ KEYS = {f.name: f for f in dataclasses.fields(Recipe)}
 RANGES: Mapping[str, tuple[float, float]] = {
     "damping": (0.0, 10.0),
     "max_kl": (0.0, 100.0),
+    "target_ms": (1e-3, 1e6),
     "samples": (1, 65536),
     "length": (16, 1 << 17),
     "held": (1, 4096),
@@ -94,33 +119,33 @@ def recipe_of(given: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return recipe
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises `InputError` with one line."""
+def read_recipe(path: str | Path, what: str = "recipe") -> dict[str, Any]:
+    """The mapping that a YAML file holds; errors call it `what`. Raises `InputError` with one line."""
     import yaml
 
     try:
         with Path(path).open("rb") as file:
             data = file.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:
-            raise InputError(f"recipe {path} is larger than {MAX_FILE >> 20} MiB", param="recipe")
+            raise InputError(f"{what} {path} is larger than {MAX_FILE >> 20} MiB", param=what)
         if b"&" in data or b"*" in data:
-            raise InputError(f"recipe {path}: anchors and aliases are not allowed", param="recipe")
+            raise InputError(f"{what} {path}: anchors and aliases are not allowed", param=what)
         value = yaml.safe_load(data.decode("utf-8"))
     except OSError as wrong:
-        raise InputError(f"recipe {path} cannot be read ({wrong.strerror})", param="recipe") from None
+        raise InputError(f"{what} {path} cannot be read ({wrong.strerror})", param=what) from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as wrong:
         line = str(wrong).splitlines()[0] if str(wrong) else type(wrong).__name__
-        raise InputError(f"recipe {path} is not YAML ({line[:200]})", param="recipe") from None
+        raise InputError(f"{what} {path} is not YAML ({line[:200]})", param=what) from None
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise InputError(f"recipe {path} must be a mapping of keys to values", param="recipe")
+        raise InputError(f"{what} {path} must be a mapping of keys to values", param=what)
     return value
 
 
 def parse_prune(text: Any, where: str = "prune") -> Prune:
     """`tile:0.3`, `sparsegpt:0.5`, `wanda:2:4`, `neurons:0.25`, ... Raises `InputError`."""
-    kinds = ("tile", *PATTERNS)
+    kinds = ("tile", *PATTERNS, *STRUCTURES)
     kind, _, amount = str(text).partition(":")
     if kind not in kinds or not amount:
         raise InputError(
@@ -160,7 +185,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
     elif name in numbers:
         if type(value) is not int or value not in numbers[name]:
             raise refuse(f"one of {', '.join(map(str, numbers[name]))}")
-    elif name in ("lo", "awq", "rotate"):
+    elif name in ("lo", "awq", "rotate", "joint", "search"):
         if type(value) is not bool:
             raise refuse("true or false")
     elif name == "lo_shift":
@@ -182,9 +207,9 @@ def _checked(name: str, value: Any, where: str) -> Any:
 
 def _number(name: str, value: Any, refuse: Any) -> Any:
     low, high = RANGES[name]
-    if name == "max_kl" and value is None:
+    if name in ("max_kl", "target_ms") and value is None:
         return None
-    whole = name not in ("damping", "max_kl")
+    whole = name not in ("damping", "max_kl", "target_ms")
     fits = type(value) is int if whole else type(value) in (int, float)
     if not fits or not low <= value <= high:
         raise refuse(f"a {'whole ' if whole else ''}number from {low:g} to {high:g}")
@@ -193,13 +218,31 @@ def _number(name: str, value: Any, refuse: Any) -> Any:
 
 def _agree(recipe: Recipe, where: str) -> None:
     """What must not stand together."""
-    masks = recipe.prune
+    masks = [each for each in recipe.prune if each.kind not in STRUCTURES]
+    kinds = [each.kind for each in recipe.structured]
     if len(masks) > 1:
         raise InputError(f"{where}: prune may hold one of tile or a pattern", param="prune")
-    if masks and masks[0].kind in ("tile", "sparsegpt") and recipe.method == "rtn":
+    if len(set(kinds)) < len(kinds) or ("structured" in kinds and {"neurons", "heads", "groups"} & set(kinds)):
+        raise InputError(
+            f"{where}: prune may hold each of {', '.join(STRUCTURES)} once; structured is heads and neurons already",
+            param="prune",
+        )
+    if not masks and not recipe.joint:
+        raise InputError(f"{where}: joint: false needs tiles or a pattern to prune", param="joint")
+    if masks and masks[0].kind in ("tile", "sparsegpt") and recipe.method == "rtn" and recipe.joint:
         raise InputError(f"{where}: {spell(masks[0])} needs method gptq: pruning and rounding are one", param="prune")
     if recipe.allocation == "owl" and not masks:
-        raise InputError(f"{where}: allocation owl needs something to prune", param="allocation")
+        raise InputError(f"{where}: allocation owl needs tiles or a pattern to prune", param="allocation")
+    if recipe.search:
+        if recipe.target_ms is None and recipe.max_kl is None:
+            raise InputError(f"{where}: a search needs target_ms or max_kl", param="search")
+        if recipe.prune or recipe.awq or recipe.bits != 4 or not recipe.lo or recipe.method != "gptq":
+            raise InputError(
+                f"{where}: a search chooses bits, planes and pruning itself, with method gptq and without awq",
+                param="search",
+            )
+    elif recipe.target_ms is not None:
+        raise InputError(f"{where}: target_ms needs search: true", param="target_ms")
     if recipe.max_kl is not None and (recipe.bits != 4 or not recipe.lo):
         raise InputError(f"{where}: max_kl needs bits 4 with a second plane", param="max_kl")
     if recipe.lo_shift is not None and (not recipe.lo or recipe.bits == 8):

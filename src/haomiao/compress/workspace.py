@@ -19,22 +19,29 @@ import numpy as np
 
 from haomiao.compress.calibrate import disk_errors
 from haomiao.errors import InputError, ModelError
-from haomiao.kernels.packed import ENCODINGS, PackedTensor, tile_bytes
+from haomiao.kernels.pack import unpack
+from haomiao.kernels.packed import ENCODINGS, TILE_ROWS, PackedTensor, tile_bytes
 from haomiao.load.jsonfile import parse_object
 from haomiao.load.safetensors import SafetensorsFile
-from haomiao.types import F32
+from haomiao.types import F32, I32
 
 RUN_FILE = "run.json"
 LOCK_FILE = "lock"
+MAX_THREADS = 1024
 
 
 class Workspace:
     """The folder of one run. `identity` is everything that decides the result; another run's folder is refused
-    (`InputError`) unless `restart` discards it. Held by one process at a time; a context manager."""
+    (`InputError`) unless `restart` discards it. Held by one process at a time; a context manager.
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], *, restart: bool = False) -> None:
+    `blas_threads` decides the last places too, but a run that goes on keeps the number it began with: the attribute
+    says which.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], *, restart: bool = False, blas_threads: int = 1) -> None:
         self.folder = out.absolute().with_name(f"{out.absolute().name}.partial")
         self.resumed = False
+        self.blas_threads = blas_threads
         with disk_errors(self.folder / LOCK_FILE):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -44,7 +51,7 @@ class Workspace:
             os.close(self._lock)
             raise InputError(f"{self.folder} is in use: another process is compressing into {out}") from None
         try:
-            self._claim(json.dumps(identity, sort_keys=True), restart)
+            self._claim(dict(identity), restart)
             self._stages: dict[str, _Stage] = {}
             for path in sorted(self.folder.glob("*.stage")):
                 self._stages[path.stem] = _Stage(path)
@@ -52,21 +59,22 @@ class Workspace:
             os.close(self._lock)
             raise
 
-    def _claim(self, text: str, restart: bool) -> None:
+    def _claim(self, identity: dict[str, Any], restart: bool) -> None:
         path = self.folder / RUN_FILE
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            if not restart and any(self.folder.glob("*.stage")):
-                raise InputError(
-                    f"{self.folder} holds another run (other model, recipe or text); --restart discards it",
-                    code="other_run",
-                )
-            self._clear()
-        elif path.exists() and restart:
-            self._clear()
-        self.resumed = path.exists()
+        begun = _begun(path)
+        if begun.get("identity") == json.loads(json.dumps(identity)) and not restart:
+            self.resumed = True
+            self.blas_threads = begun["blas_threads"]
+            return
+        if not restart and any(self.folder.glob("*.stage")):
+            raise InputError(
+                f"{self.folder} holds another run (other model, recipe or text); --restart discards it",
+                code="other_run",
+            )
+        self._clear()
         with disk_errors(path):
             part = path.with_suffix(".part")
-            part.write_text(text, encoding="utf-8")
+            part.write_text(json.dumps({"identity": identity, "blas_threads": self.blas_threads}), encoding="utf-8")
             part.replace(path)
 
     def _clear(self) -> None:
@@ -122,6 +130,22 @@ class Workspace:
         """A vector as the last stage left it."""
         return next(s for s in reversed(self._ordered()) if name in s.vectors).vectors[name]
 
+    def rows(self, name: str, ids: I32) -> F32:
+        """Rows [ids] of a table as it is stored, float32: only their tiles are unpacked."""
+        table = self.tensor(name)
+        tiles, where = np.unique(ids // TILE_ROWS, return_inverse=True)
+        part = PackedTensor(
+            table.encoding,
+            len(tiles) * TILE_ROWS,
+            table.cols,
+            table.group,
+            table.lo_shift,
+            table.hi.reshape(table.tiles, -1)[tiles].reshape(-1),
+            None if table.lo is None else table.lo.reshape(table.tiles, -1)[tiles].reshape(-1),
+        )
+        found: F32 = unpack(part)[where * TILE_ROWS + ids % TILE_ROWS]
+        return found
+
     def logs(self) -> list[dict[str, Any]]:
         """The log lines of all stages that have one, in order."""
         return [stage.about["log"] for stage in self._ordered() if stage.about["log"]]
@@ -149,6 +173,16 @@ class Workspace:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    """What the run in this folder began with; empty if there is none or its file is damaged."""
+    try:
+        begun = parse_object(path.read_bytes(), str(path))
+    except (OSError, ModelError):
+        return {}
+    threads = begun.get("blas_threads")
+    return begun if isinstance(threads, int) and 1 <= threads <= MAX_THREADS else {}
 
 
 class _Stage:

@@ -5,15 +5,15 @@ Knows tokens and KV; nothing about why sequences are chosen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from haomiao.engine.cost import StepShape
 from haomiao.engine.forecast import Work
-from haomiao.engine.scheduler import SequenceView
-from haomiao.engine.sequence import ChoicePrompt, Generation, Job, Sequence
-from haomiao.engine.state import BlockPool
+from haomiao.engine.scheduler import Branches, SequenceView
+from haomiao.engine.sequence import ChoicePrompt, Generation, Job, Sequence, option_tokens
+from haomiao.engine.state import BlockPool, blocks_for
 from haomiao.types import KV_BLOCK_TOKENS, StepBatch
 
 
@@ -24,6 +24,17 @@ class Share:
     sequence: Sequence
     tokens: int
     rows: int
+    branches: list[Share] = field(default_factory=list)
+    """Sequences that branch off this one within the step; those that compute something follow it among the shares."""
+    parent: Share | None = None
+
+    def take_back(self) -> None:
+        """It was not computed after all."""
+        if self.parent is None:
+            self.sequence.cut(self.tokens)
+        elif self.sequence.key < 0 and self.sequence.state is not None:  # nobody took it in
+            self.sequence.state.release()
+            self.sequence.state = None
 
 
 def reusable(sequence: Sequence) -> int:
@@ -70,7 +81,17 @@ def view_of(sequence: Sequence, pool: BlockPool, found: list[int], point: str, w
         tail_shared=state is not None and state.tail_shared,
         rows_from=_rows_from(sequence) if drafted else sequence.rows_from,
         waits=waits,
+        branches=_branches(sequence) if isinstance(sequence, ChoicePrompt) else None,
     )
+
+
+def _branches(prompt: ChoicePrompt) -> Branches | None:
+    """What the options of a choice need in the step that ends its prompt."""
+    lengths, past = [each for each in prompt.option_tokens if each], prompt.target
+    if not lengths:
+        return None
+    blocks = sum(blocks_for(past + each) - past // KV_BLOCK_TOKENS for each in lengths)
+    return Branches(sum(lengths), sum(lengths), len(lengths), blocks)
 
 
 def work_of(sequence: Sequence) -> Work:
@@ -81,7 +102,7 @@ def work_of(sequence: Sequence) -> Work:
         length = job.cached_tokens
     pending = max(1, sequence.target - length)
     decode = least = 0
-    width = 1
+    width = rows = 1
     first = request.ttft_deadline_ns
     if isinstance(sequence, Generation):
         produced, params = sequence.produced, request.sampling
@@ -96,9 +117,8 @@ def work_of(sequence: Sequence) -> Work:
         else:  # the step that ends prefill brings a token already
             decode, least = max(0, decode - 1), max(0, least - 1)
     elif isinstance(sequence, ChoicePrompt):
-        decode = least = 1
-        width = sum(len(option) for option in request.options)
-    return _work(job, sequence.key, pending, decode, least, length, width, first)
+        pending, width, rows = _with_options(job, pending)
+    return _work(job, sequence.key, pending, decode, least, length, width, first, rows)
 
 
 def work_of_new(job: Job) -> Work:
@@ -106,19 +126,24 @@ def work_of_new(job: Job) -> Work:
     request, cached = job.request, job.cached_tokens
     pending = max(1, len(request.prompt_ids) - cached)
     decode = least = 0
-    width = 1
+    width = rows = 1
     if request.work == "generate":
         width = request.sampling.n
         decode = (request.sampling.max_tokens if request.on_budget == "refuse" else job.expected) - 1
         least = decode if request.on_budget == "refuse" else min(decode, job.least - 1)
     elif request.work == "choose":
-        decode = least = 1
-        width = sum(len(option) for option in request.options)
-    return _work(job, -job.id, pending, decode, least, cached, width, request.ttft_deadline_ns)
+        pending, width, rows = _with_options(job, pending)
+    return _work(job, -job.id, pending, decode, least, cached, width, request.ttft_deadline_ns, rows)
+
+
+def _with_options(job: Job, pending: int) -> tuple[int, int, int]:
+    """A choice is one prefill, its options included: tokens, sequences, rows of logits of its last step."""
+    tokens = sum(option_tokens(job))
+    return pending + tokens, 1 + len(job.request.options), 1 + tokens
 
 
 def _work(
-    job: Job, key: int, prefill: int, decode: int, least: int, length: int, width: int, first: int | None
+    job: Job, key: int, prefill: int, decode: int, least: int, length: int, width: int, first: int | None, rows: int
 ) -> Work:
     return Work(
         key,
@@ -127,6 +152,7 @@ def _work(
         least,
         length=length,
         width=width,
+        rows=rows,
         top=job.top,
         bottom=job.bottom,
         arrival_ns=job.arrival_ns,
@@ -142,6 +168,7 @@ def make_batch(point: str, shares: list[Share]) -> StepBatch:
     past: list[int] = []
     rows: list[int] = []
     greedy: list[bool] = []
+    copies: list[tuple[int, int]] = []
     tables = np.full((len(shares), max(len(share.sequence.kv.blocks) for share in shares)), -1, dtype=np.int32)
     for index, share in enumerate(shares):
         state = share.sequence.kv
@@ -153,6 +180,7 @@ def make_batch(point: str, shares: list[Share]) -> StepBatch:
         starts.append(len(token_ids))
         past.append(before)
         tables[index, : len(state.blocks)] = state.snapshot()
+        copies += _copies(share, starts[index])
     return StepBatch(
         np.array(token_ids, dtype=np.int32),
         np.array(starts, dtype=np.int32),
@@ -161,7 +189,24 @@ def make_batch(point: str, shares: list[Share]) -> StepBatch:
         np.array(rows, dtype=np.int32),
         point,
         np.array(greedy, dtype=np.bool_),
+        np.array(copies, dtype=np.int32) if copies else None,
     )
+
+
+def _copies(share: Share, first: int) -> list[tuple[int, int]]:
+    """Where else the share's K and V go: into the blocks that what branches off it has for itself. `first` is the
+    index of its first token."""
+    blocks, end = share.sequence.kv.blocks, share.sequence.length
+    begin = max(end - share.tokens, end // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS)  # only the last block is ever copied
+    tails = [each.sequence.kv.blocks[end // KV_BLOCK_TOKENS] for each in share.branches if each.tokens]
+    if begin == end or not tails:
+        return []
+    return [
+        (first + position - (end - share.tokens), tail)
+        for position in range(begin, end)
+        for tail in tails
+        if tail != blocks[-1]
+    ]
 
 
 def shape_of(point: str, shares: list[Share]) -> StepShape:

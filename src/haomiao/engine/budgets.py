@@ -183,9 +183,9 @@ class Budgets:
         deadline = sequence.job.request.deadline_ns
         if deadline is None or self._cost is None:
             return MANY if deadline is None or now < deadline else 0
-        if now + round_ns * self._cost.margin(1) >= deadline:
+        if now + round_ns * self._cost.margin(round_ns) >= deadline:
             return 0
-        return max(1, int((deadline - now) / max(1.0, round_ns * self._cost.margin(CLOSING_TOKENS))))
+        return max(1, int((deadline - now) / max(1.0, round_ns * self._cost.margin(CLOSING_TOKENS * round_ns))))
 
     def publish(self, now: int, works: Sequence[Work], arrived: Iterable[int] = (), step_ns: float = 0.0) -> None:
         """Renew the picture of the load: `works` go on in `step_ns`; `arrived` are jobs that are among them now."""
@@ -203,7 +203,9 @@ class Budgets:
             self._lengths.record(
                 params.max_tokens, sequence.produced, whole=detail not in ("max_tokens", "budget_exhausted")
             )
-        if job.promised_ns is None or job.forecast_ns is None or sequence.sample:
+        if job.promised_ns is None or job.forecast_ns is None:
+            return
+        if sequence.sample and job.request.work == "generate":  # the first sample speaks for all; a choice has options
             return
         whole = detail == "done" or sequence.produced >= job.expected
         actual, forecast = now - job.admitted_ns, job.forecast_ns - job.admitted_ns

@@ -136,7 +136,7 @@ class _Recorder:
     def bound(self, shape: StepShape) -> float | None:
         return None
 
-    def margin(self, steps: int) -> float:
+    def margin(self, nanoseconds: float) -> float:
         return 1.0
 
     def idle(self) -> Cost:
@@ -163,6 +163,8 @@ class _Guest:
 
     def step(self, batch: StepBatch) -> StepResult:
         batch.block_tables = self._blocks[batch.block_tables]
+        if batch.copies is not None:
+            batch.copies[:, 1] = self._blocks[batch.copies[:, 1]]
         return self._host.step(batch)
 
     def copy_blocks(self, pairs: I32) -> None:

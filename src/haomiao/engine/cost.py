@@ -4,17 +4,17 @@
 
 per operating point; f and g are piecewise linear and never fall. The coefficients come from a calibration
 (engine/calibrate.py), or from the first steps where there was none, by non-negative least squares; `slowness` follows
-the latest steps, because neighbours come and go: up within three steps, down within about a dozen. What the fit has
-wrong for steps of one kind (tokens, rows and context of one order of magnitude) is learned apart, and slowly.
+the latest steps, because neighbours come and go (engine/slowness.py). What the fit has wrong for steps of one kind
+(tokens, rows and context of one order of magnitude) is learned apart, and slowly.
 
-A bound is the expectation times a quantile of actual / expected, kept apart for runs of 1, 4, 16 and 64 steps: noise
-averages out over a long answer, drift does not, and both are measured this way. Knows no clock: durations are told.
+A bound is the expectation times the stated quantile of actual / expected among runs that are expected to take as long
+(engine/overrun.py): noise averages out over a long answer, drift does not, stalls come by the time that passes. Knows
+no clock: durations are told.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -23,23 +23,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from haomiao.engine.quantile import AdaptiveQuantile
+from haomiao.engine.overrun import HORIZONS_NS, Overrun
+from haomiao.engine.slowness import Slowness
 from haomiao.errors import InputError
 
-HORIZONS = (1, 4, 16, 64)
-"""Lengths of the runs of steps whose error is kept."""
-PRIOR_MARGINS = (1.5, 1.35, 1.25, 1.2)
-"""Bound / expectation before enough runs of that length were seen."""
-MAX_SLOWNESS = 16.0
-"""No neighbour slows a machine more; a step that took longer was of a kind that the fit does not know."""
-MAX_MARGIN = 4.0
-"""No bound is further from its expectation, or one bad minute would keep everybody out for long."""
 IDLE_MARGIN = 1.1
 """Bound / expectation of a machine without neighbours: most of what steps vary by is their doing."""
 LEARNED = 0.1
 """Share of a surprise that is taken into account for steps of the same kind."""
 HALF_LIFE_NS = 200_000_000
-ENOUGH = 20
 TOLERANCE = 0.1
 """Relative error beyond which a measured step counts less in a fit."""
 TOKEN_KNOTS = (0, 1, 2, 4, 8, 16, 32, 64, 256)
@@ -85,8 +77,8 @@ class Cost(Protocol):
         """Nanoseconds that the stated share of such steps stay within; None if nothing is known."""
         ...
 
-    def margin(self, steps: int) -> float:
-        """Bound / expectation of a run of that many steps."""
+    def margin(self, nanoseconds: float) -> float:
+        """Bound / expectation of a run of steps that is expected to take so long."""
         ...
 
     def idle(self) -> Cost:
@@ -150,9 +142,9 @@ class CostModel:
         self._weights: dict[str, list[float]] = {}
         self._fits: dict[str, Fit] = {}
         self._young: dict[str, list[tuple[StepShape, float]]] = {}  # steps of points that have no fit, or a fresh one
-        self._slowness = _Slowness()
+        self._slowness = Slowness()
         self._offsets: dict[tuple[str, int, int, int], float] = {}
-        self._runs = [_Runs(length, coverage) for length in HORIZONS]
+        self._overrun = Overrun(coverage)
 
     # ---- learn ----------------------------------------------------------------------------------------------------
 
@@ -162,10 +154,10 @@ class CostModel:
         for point in dict.fromkeys(shape.point for shape, _ in steps):
             self._fit(point, [(shape, duration) for shape, duration in steps if shape.point == point])
             self._young.pop(point, None)
-        self._slowness = _Slowness()
+        self._slowness = Slowness()
         self._offsets.clear()
-        for shape, duration in steps:
-            self._runs[0].prime(duration / self._fits[shape.point](shape))
+        self._overrun = Overrun(self.coverage)
+        self._overrun.prime([(self._fits[shape.point](shape), duration) for shape, duration in steps])
 
     def observe(self, shape: StepShape, nanoseconds: float) -> None:
         """Take a measured step into account."""
@@ -183,9 +175,8 @@ class CostModel:
         kind = _kind(shape)
         offset = self._offsets.get(kind, 1.0)
         expected = max(1.0, fit(shape) * offset)
-        for runs in self._runs:
-            runs.add(nanoseconds, expected, self._slowness.value)
-        self._slowness.add(nanoseconds / expected)
+        self._overrun.add(expected, nanoseconds, self._slowness.value)
+        self._slowness.add(nanoseconds / expected, expected)
         surprise = math.log(max(nanoseconds, 1.0) / (expected * self._slowness.latest))
         self._offsets[kind] = min(4.0, max(0.25, offset * math.exp(LEARNED * min(0.3, max(-0.3, surprise)))))
 
@@ -222,18 +213,11 @@ class CostModel:
     def bound(self, shape: StepShape) -> float | None:
         """Nanoseconds that `coverage` of such steps stay within, or None before enough steps were seen."""
         expected = self.predict(shape)
-        return None if expected is None else expected * self._runs[0].margin()
+        return None if expected is None else expected * self._overrun.margin(expected)
 
-    def margin(self, steps: int) -> float:
-        """Bound / expectation of a run of `steps` steps, between the measured lengths by the logarithm."""
-        for index in range(len(HORIZONS) - 1, -1, -1):
-            if steps >= HORIZONS[index]:
-                low = self._runs[index].margin()
-                if index + 1 == len(HORIZONS):
-                    return low
-                share = math.log(steps / HORIZONS[index]) / math.log(HORIZONS[index + 1] / HORIZONS[index])
-                return low + share * (self._runs[index + 1].margin() - low)
-        return self._runs[0].margin()
+    def margin(self, nanoseconds: float) -> float:
+        """Bound / expectation of a run of steps that is expected to take so long."""
+        return self._overrun.margin(nanoseconds)
 
     @property
     def slowness(self) -> float:
@@ -245,13 +229,15 @@ class CostModel:
         return _Idle(self)
 
     def rest(self, nanoseconds: float) -> None:
-        """Nothing ran for so long. Half of the slowness is forgotten every `HALF_LIFE_NS`: if it alone kept requests
-        out, nothing would run, and nothing would ever be learned again."""
-        self._slowness.fade(0.5 ** (max(0.0, nanoseconds) / HALF_LIFE_NS))
+        """Nothing ran for so long. Half of the slowness is forgotten every `HALF_LIFE_NS`, and of wide margins in ten
+        times as long: if they alone kept requests out, nothing would run, and nothing would ever be learned again."""
+        lives = max(0.0, nanoseconds) / HALF_LIFE_NS
+        self._slowness.fade(0.5**lives)
+        self._overrun.fade(0.5 ** (lives / 10))
 
     def counters(self) -> dict[str, int]:
         """Steps whose bound was stated, and those that kept it: what measured coverage is made of."""
-        return {"steps": self._runs[0].errors.seen, "inside": self._runs[0].errors.inside}
+        return {"steps": self._overrun.seen, "inside": self._overrun.inside}
 
     # ---- keep -----------------------------------------------------------------------------------------------------
 
@@ -260,26 +246,25 @@ class CostModel:
         return {
             "features": len(StepShape("").features()),
             "weights": self._weights,
-            "errors": [runs.errors.latest() for runs in self._runs],
+            "margins": self._overrun.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Start from what `state` returned. Raises `InputError` for anything else."""
-        weights, errors = state.get("weights"), state.get("errors")
+        weights, margins = state.get("weights"), state.get("margins")
         length = len(StepShape("").features())
-        if not isinstance(weights, dict) or not isinstance(errors, list) or len(errors) != len(HORIZONS):
+        if not isinstance(weights, dict) or not isinstance(margins, list) or len(margins) != len(HORIZONS_NS):
             raise InputError("this is not the state of a cost model")
         if not all(isinstance(each, list) and len(each) == length for each in weights.values()):
             raise InputError("this is the state of another cost model")
-        for number in (*(n for each in weights.values() for n in each), *(n for each in errors for n in each)):
+        for number in (*(n for each in weights.values() for n in each), *margins):
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < 1e15:
                 raise InputError("the state of the cost model holds what is not a duration")
         self._weights = {str(point): [float(n) for n in each] for point, each in weights.items()}
         self._fits = {point: Fit.of(each) for point, each in self._weights.items()}
         self._young = {}
-        for runs, numbers in zip(self._runs, errors, strict=True):
-            runs.errors = AdaptiveQuantile(self.coverage)
-            runs.errors.extend(numbers[-256:])
+        self._overrun = Overrun(self.coverage)
+        self._overrun.restore(margins)
 
 
 class _Idle:
@@ -294,73 +279,13 @@ class _Idle:
 
     def bound(self, shape: StepShape) -> float | None:
         expected = self.predict(shape)
-        return None if expected is None else expected * self.margin(1)
+        return None if expected is None else expected * self.margin(expected)
 
-    def margin(self, steps: int) -> float:
-        return min(self._model.margin(steps), IDLE_MARGIN)
+    def margin(self, nanoseconds: float) -> float:
+        return min(self._model.margin(nanoseconds), IDLE_MARGIN)
 
     def idle(self) -> Cost:
         return self
-
-
-class _Slowness:
-    """How much slower than fitted the machine is: the greater of a quick median and a calm one."""
-
-    def __init__(self) -> None:
-        self._quick: deque[float] = deque(maxlen=5)
-        self._calm: deque[float] = deque(maxlen=25)
-        self.value = 1.0
-
-    def add(self, ratio: float) -> None:
-        ratio = min(max(ratio, 1.0 / MAX_SLOWNESS), MAX_SLOWNESS)
-        self._quick.append(ratio)
-        self._calm.append(ratio)
-        self.value = max(median(self._quick), median(self._calm)) if len(self._quick) > 2 else self.value
-
-    @property
-    def latest(self) -> float:
-        """The quick median alone."""
-        return median(self._quick)
-
-    def fade(self, share: float) -> None:
-        """Keep `share` of the slowness, on a logarithmic scale; a machine that was quicker stays so."""
-        for kept in (self._quick, self._calm):
-            for index, ratio in enumerate(kept):
-                kept[index] = ratio**share if ratio > 1.0 else ratio
-        if self.value > 1.0:
-            self.value = self.value**share
-
-
-class _Runs:
-    """Errors of runs of `length` steps: actual / what was expected when the run began."""
-
-    def __init__(self, length: int, coverage: float) -> None:
-        self.length = length
-        self.errors = AdaptiveQuantile(coverage)
-        self._prior = PRIOR_MARGINS[HORIZONS.index(length)]
-        self._steps = 0
-        self._actual = self._expected = 0.0
-        self._slowness = 1.0
-
-    def add(self, actual: float, expected: float, slowness: float) -> None:
-        if not self._steps:
-            self._slowness = slowness
-        self._steps += 1
-        self._actual += actual
-        self._expected += expected
-        if self._steps == self.length:
-            self.errors.add(self._actual / (self._expected * self._slowness))
-            self._steps = 0
-            self._actual = self._expected = 0.0
-
-    def prime(self, ratio: float) -> None:
-        self.errors.extend([ratio])
-
-    def margin(self) -> float:
-        value = self.errors.value
-        if value is None or len(self.errors) < ENOUGH:
-            return min(max(self._prior, value or 0.0), MAX_MARGIN)
-        return min(value, MAX_MARGIN)
 
 
 def _kind(shape: StepShape) -> tuple[str, int, int, int]:

@@ -29,7 +29,7 @@ from haomiao.engine.reporter import Reporter
 from haomiao.engine.request import DoneEvent, EngineRequest, Event
 from haomiao.engine.roster import Roster
 from haomiao.engine.scheduler import SchedulerState, StepPlan
-from haomiao.engine.sequence import Job, Rows, Sequence
+from haomiao.engine.sequence import Job, Option, Rows, Sequence
 from haomiao.engine.speculate.speculator import Speculator
 from haomiao.engine.state import BlockPool
 from haomiao.errors import (
@@ -385,7 +385,11 @@ class Engine:
         """Show admission the load as it will be when the step has ended."""
         if self.cost is None:
             return
-        computed = {share.sequence.key: share.tokens for share in shares}
+        computed = {
+            share.sequence.key: share.tokens + sum(each.tokens for each in share.branches)
+            for share in shares
+            if share.parent is None
+        }
         after = [work.after(computed[work.key]) if work.key in computed else work for work in works]
         self.budgets.publish(now, after, self._arrived, (self.cost.predict(shape) or 0.0) if shares else 0.0)
         self._arrived.clear()
@@ -411,8 +415,7 @@ class Engine:
             result = self.executor.step(batch)
             self._looked = self.monitor.stepped(point, shares, batch, result, self._spare_ns)
         except BaseException as error:
-            for share in shares:
-                share.sequence.cut(share.tokens)
+            _take_back(shares)
             if not isinstance(error, Exception):  # an interrupt: nothing was computed, and everything can go on
                 raise
             for job in {share.sequence.job.id: share.sequence.job for share in shares}.values():
@@ -436,7 +439,9 @@ class Engine:
             rows = Rows(sequence.length - share.rows, logits[first:row], argmax[first:row]) if share.rows else None
             try:
                 sequence.account(point, share.tokens)
-                branches = sequence.branches()
+                if share.branches and rows is not None:
+                    self._take_in_branches(share, rows)
+                branches = [] if share.branches or share.parent else sequence.branches()
                 for branch in branches:
                     self._roster.enter(branch, past=sequence)
                 for each in (sequence, *branches):
@@ -446,10 +451,29 @@ class Engine:
                     if receipt is not None:
                         self.monitor.ended(each, receipt)
             except Exception as error:
+                for branch_share in share.branches:
+                    branch_share.take_back()
                 self._reporter.fail(sequence.job, error, now)
             except BaseException:  # an interrupt: this request is half told, and the rest of the step not looked at
-                for later in shares[index + 1 :]:
-                    later.sequence.cut(later.tokens)
+                _take_back([*share.branches, *shares[index + 1 :]])
                 self._reporter.fail(sequence.job, CancelledError("the request was interrupted"), now)
                 raise
         self._speculator.settle(point, shares)
+
+    def _take_in_branches(self, share: Share, rows: Rows) -> None:
+        """Take in what branched off within the step. Its own share follows; the rows here are those before it."""
+        for each in share.branches:
+            self._roster.enter(each.sequence, past=share.sequence)
+        for each in share.branches:
+            if isinstance(each.sequence, Option):
+                each.sequence.score(rows)
+            if not each.tokens:
+                self._reporter.tell(each.sequence, each.sequence.consume(None), self._clock())
+
+
+def _take_back(shares: SequenceOf[Share]) -> None:
+    """The step was not computed: nothing stays of the room that was made for it."""
+    for share in shares:
+        for each in share.branches:
+            each.take_back()
+        share.take_back()

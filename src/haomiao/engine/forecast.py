@@ -2,7 +2,7 @@
 
 A pure function of the time, the work and the cost. It plays stretches of equal steps at once: everything that decodes
 goes along in every step, prefill fills the rest in order of urgency, works at different points take turns. What it
-returns are bounds: elapsed expectation times the margin of a run of so many steps. Knows no sequences and no KV.
+returns are bounds: elapsed expectation times the margin of a run of that length. Knows no sequences and no KV.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Work:
     length: int = 0
     """Tokens in KV."""
     width: int = 1
-    """Tokens in each step of decoding: samples, or all options of a choice."""
+    """Tokens in each step of decoding: samples, or sequences beside the prompt's own for a choice."""
+    rows: int = 1
+    """Rows of logits in the step that ends its prefill."""
     top: int = 0
     """Index in the ladder of the most accurate point it may run at."""
     bottom: int = 0
@@ -102,7 +104,7 @@ def forecast(
     waiting = [_Going(work, level, least) for work in every if work.prefill]
     running = [_Going(work, level, least) for work in every if not work.prefill]
     done: dict[int, Finish] = {}
-    elapsed, steps = 0.0, 0
+    elapsed = 0.0
     running = _settle(running, done, now, now)
     for _ in range(MAX_STRETCHES):
         if not waiting and not running:
@@ -116,8 +118,7 @@ def forecast(
         if nanoseconds is None:
             return None
         elapsed += count * nanoseconds
-        steps += count * len(parts.shapes)
-        reached = now + int(elapsed * cost.margin(steps) * (1 + floor_ns / PATIENCE_NS)) + floor_ns
+        reached = now + int(elapsed * cost.margin(elapsed) * (1 + floor_ns / PATIENCE_NS)) + floor_ns
         for going in running:
             going.decode -= count
             going.length += count * going.work.width
@@ -196,7 +197,7 @@ class _Parts:
             if tokens <= 0:
                 break
             chunks.append((going, tokens))
-            self.add(going, tokens, rows=1 if tokens == going.prefill else 0)
+            self.add(going, tokens, rows=going.work.rows if tokens == going.prefill else 0)
             room -= tokens
         return chunks
 

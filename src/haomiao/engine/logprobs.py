@@ -22,14 +22,8 @@ def log_normalizer(row: F32) -> float:
     return float(peak) + math.log(float(np.exp(row - peak).sum(dtype=np.float64)))
 
 
-def token_logprob(row: F32, token_id: int) -> float:
-    """Natural-log probability of one token."""
-    return float(row[token_id]) - log_normalizer(row)
-
-
-def any_logprob(row: F32, token_ids: Sequence[int]) -> float:
-    """Natural-log probability that the token is any of `token_ids`."""
-    normalizer = log_normalizer(row)
+def any_logprob(row: F32, token_ids: Sequence[int], normalizer: float) -> float:
+    """Natural-log probability that the token is any of `token_ids`; `normalizer` is the row's."""
     values = [float(row[token_id]) - normalizer for token_id in token_ids]
     peak = max(values)
     return peak + math.log(sum(math.exp(value - peak) for value in values)) if len(values) > 1 else peak

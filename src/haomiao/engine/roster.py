@@ -72,7 +72,8 @@ class Roster:
     def enter(self, sequence: Sequence, past: Sequence | None = None) -> None:
         """Take a sequence in; one that branched off shares its past's KV."""
         if past is not None and past.state is not None:
-            sequence.state = past.state.fork()
+            if sequence.state is None:
+                sequence.state = past.state.fork()
             sequence.names = None if past.names is None else past.names.fork()
             sequence.origin = past.origin.fork()
             sequence.point = past.point
@@ -135,6 +136,7 @@ class Roster:
         """Make room for the tokens of the step. A sequence for which there is none after all waits for the next plan:
         a cached prefix that it was to start from may have been that of a sequence which just lost its KV."""
         planned = [(self._active[span.key], span.tokens) for span in step_plan.spans]
+        whole = {span.key for span in step_plan.spans if span.whole}
         for sequence, _ in planned:  # prefixes are held before anything is allocated, which could evict them
             if sequence.state is None:
                 point, found = self._find_prefix(sequence, step_plan.point)
@@ -156,12 +158,34 @@ class Roster:
             if sequence.job.started_ns is None:
                 sequence.job.started_ns = now
             sequence.last_served_ns = now
-            shares.append(Share(sequence, tokens, rows))
+            share = Share(sequence, tokens, rows)
+            shares.append(share)
+            if sequence.key in whole:
+                self._branch(share)
+                shares += [each for each in share.branches if each.tokens]
         return shares
+
+    def _branch(self, share: Share) -> None:
+        """Make room for what branches off within the step; if there is none it does so after the step, as ever. It is
+        taken in when the step has been computed."""
+        parent = share.sequence
+        for branch in parent.branches():
+            state = parent.kv.fork()
+            tokens = branch.target - state.length
+            try:
+                state.append(tokens)
+            except KvExhaustedError:
+                state.release()
+                for each in share.branches:
+                    each.take_back()
+                share.branches.clear()
+                return
+            branch.state = state
+            share.branches.append(Share(branch, tokens, tokens, parent=share))
 
     def publish(self, sequence: Sequence) -> None:
         """Let others find the sequence's full blocks, all of whose tokens must be its own."""
-        if sequence.names is not None and sequence.state is not None:
+        if sequence.names is not None and sequence.state is not None and sequence.publishes:
             sequence.names.publish(self.pool, sequence.tokens, sequence.state, sequence.origin)
 
     def preempt(self, sequence: Sequence) -> None:

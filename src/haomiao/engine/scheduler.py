@@ -21,6 +21,16 @@ FLOOR_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
+class Branches:
+    """What branches off a sequence in the very step that computes its last pending token: all of it or nothing."""
+
+    tokens: int
+    rows: int
+    sequences: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceView:
     """What the scheduler sees of one sequence that wants tokens computed."""
 
@@ -51,6 +61,8 @@ class SequenceView:
     """Logits are wanted for every position from here on; None: for the last pending token only."""
     waits: bool = False
     """It has no budget and others need the time: it gets the floor and nothing else."""
+    branches: Branches | None = None
+    """What may go along with the last of its pending tokens."""
 
     def blocks_needed(self, tokens: int) -> int:
         """Blocks taken from the pool if `tokens` of its tokens are computed."""
@@ -80,10 +92,11 @@ class SchedulerState:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`tokens` of the sequence `key` are computed."""
+    """`tokens` of the sequence `key` are computed, and with `whole` what branches off it."""
 
     key: int
     tokens: int
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +175,7 @@ class _Step:
         self._sequences = state.max_step_sequences
         self._free = state.free_blocks
         self._served: dict[int, tuple[SequenceView, int]] = {}
+        self._whole: set[int] = set()
         self._chunk = state.chunk_tokens if state.chunk_tokens is not None else state.max_step_tokens
         here = [view for view in ranked if view.decoding and view.point == point]
         limits = [view.itl_ns for view in here if view.itl_ns is not None]
@@ -172,7 +186,7 @@ class _Step:
     @property
     def spans(self) -> tuple[Span, ...]:
         """What was given out, in the order in which it was."""
-        return tuple(Span(key, tokens) for key, (_, tokens) in self._served.items())
+        return tuple(Span(key, tokens, key in self._whole) for key, (_, tokens) in self._served.items())
 
     def serve(self, view: SequenceView) -> None:
         """Give the sequence as much of the step as it can use."""
@@ -194,6 +208,21 @@ class _Step:
             return
         self._book(view, tokens, 1)
         self._served[view.key] = view, tokens
+        if view.branches is not None and tokens == view.pending and self._fits(view.branches):
+            self._whole.add(view.key)
+            self._book_branches(view.branches, 1)
+
+    def _fits(self, branches: Branches) -> bool:
+        """True if there is room for them without taking anything from anybody."""
+        room = (self._tokens, self._rows, self._sequences, self._free)
+        wanted = (branches.tokens, branches.rows, branches.sequences, branches.blocks)
+        return all(need <= have for need, have in zip(wanted, room, strict=True))
+
+    def _book_branches(self, branches: Branches, sign: int) -> None:
+        self._free -= sign * branches.blocks
+        self._tokens -= sign * branches.tokens
+        self._rows -= sign * branches.rows
+        self._sequences -= sign * branches.sequences
 
     def _book(self, view: SequenceView, tokens: int, sign: int) -> None:
         """Take what the sequence uses off what is left, or (`sign` -1) put it back."""
@@ -222,6 +251,9 @@ class _Step:
                 self._free += victim.blocks_alone
                 if victim.key in self._served:  # it was given a part of this step already
                     self._book(*self._served.pop(victim.key), -1)
+                    if victim.key in self._whole and victim.branches is not None:
+                        self._whole.remove(victim.key)
+                        self._book_branches(victim.branches, -1)
         return tokens
 
     def _victims(self, view: SequenceView, missing: int) -> list[SequenceView] | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from haomiao.engine import masks
-from haomiao.engine.logprobs import any_logprob, log_softmax_at, token_logprob
+from haomiao.engine.logprobs import any_logprob, log_normalizer, log_softmax_at
 from haomiao.engine.origin import Origin
 from haomiao.engine.prefix import PrefixNames
 from haomiao.engine.request import EngineRequest, FinishDetail
@@ -81,6 +81,13 @@ class Rows:
     first: int
     logits: F32  # [rows, vocab]
     argmax: I32  # [rows]
+    _normalizers: dict[int, float] = field(default_factory=dict)
+
+    def normalizer(self, position: int) -> float:
+        """log(sum(exp(logits))) of a position's row, computed once for all that ask."""
+        if position not in self._normalizers:
+            self._normalizers[position] = log_normalizer(self.logits[position - self.first])
+        return self._normalizers[position]
 
     def __iter__(self) -> Iterator[tuple[int, F32]]:
         """(position, logits [vocab]) of every row."""
@@ -136,6 +143,11 @@ class Sequence:
     def leaves_kv(self) -> bool:
         """True for the sequence whose KV a session keeps."""
         return self.sample == 0
+
+    @property
+    def publishes(self) -> bool:
+        """True if others may start from its full blocks."""
+        return True
 
     @property
     def length(self) -> int:
@@ -219,6 +231,11 @@ class ChoicePrompt(Sequence):
         super().__init__(job, tokens)
         self.rows_from = None
 
+    @property
+    def option_tokens(self) -> list[int]:
+        """Tokens to compute for each option."""
+        return option_tokens(self.job)
+
     def branches(self) -> list[Sequence]:
         if self.length < self.target:
             return []
@@ -240,24 +257,34 @@ class Option(Sequence):
         return False
 
     @property
+    def publishes(self) -> bool:
+        return False  # nobody begins with a rejected option, and names cost time
+
+    @property
     def target(self) -> int:
         return len(self.tokens) if self.job.eos_ids else len(self.tokens) - 1
 
-    def consume(self, rows: Rows | None) -> Progress:
+    def score(self, rows: Rows) -> None:
+        """Take rows into account; those that were taken already change nothing."""
         scores = self.job.scores
-        for position, logits in rows or ():
+        for position, logits in rows:
             if position + 1 < self._scored:
                 continue
+            normalizer = rows.normalizer(position)
             if position + 1 < len(self.tokens):
-                scores[self.sample] += token_logprob(logits, self.tokens[position + 1])
+                scores[self.sample] += float(logits[self.tokens[position + 1]]) - normalizer
             else:
-                scores[self.sample] += any_logprob(logits, self.job.eos_ids)
+                scores[self.sample] += any_logprob(logits, self.job.eos_ids, normalizer)
             self._scored = position + 2
         self.rows_from = max(self.prompt_length, self._scored - 1)
+
+    def consume(self, rows: Rows | None) -> Progress:
+        if rows is not None:
+            self.score(rows)
         if self.length < self.target:
             return Progress()
         if self.job.request.normalize:
-            scores[self.sample] /= self.target + 1 - self.prompt_length
+            self.job.scores[self.sample] /= self.target + 1 - self.prompt_length
         return Progress(detail="done")
 
 
@@ -469,6 +496,11 @@ class Generation(Sequence):
         if self._stop is not None:
             progress.text += self._stop.flush()
         progress.detail = detail
+
+
+def option_tokens(job: Job) -> list[int]:
+    """Tokens to compute for each option of a choice: the last one only where the end that follows is scored too."""
+    return [len(option) - (not job.eos_ids) for option in job.request.options]
 
 
 def open_sequence(job: Job) -> Sequence:

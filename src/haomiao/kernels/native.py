@@ -21,7 +21,9 @@ def weight_of(packed: PackedTensor) -> _core.Weight:
     """The core's view of a packed matrix; shares its bytes. Raises `InputError` for sections of the wrong size."""
     number = ENCODINGS.index(packed.encoding)
     try:
-        return _core.Weight(number, packed.rows, packed.cols, packed.group, packed.lo_shift, packed.hi, packed.lo)
+        return _core.Weight(
+            number, packed.rows, packed.cols, packed.group, packed.lo_shift, packed.hi, packed.lo, packed.kept
+        )
     except ValueError as error:
         raise InputError(f"packed matrix: {error}") from None
 

@@ -7,6 +7,7 @@ are worked off in chunks of whole tiles, so that the extra memory does not grow 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -18,6 +19,7 @@ from haomiao.kernels.packed import (
     TILE_ROWS,
     Encoding,
     PackedTensor,
+    pack_mask,
     padded_columns,
     tile_bytes,
 )
@@ -32,6 +34,12 @@ CHUNK_ELEMENTS = 1 << 18
 """Elements worked on at once; a chunk is at least one tile."""
 
 SCALE_BYTES = 2 * TILE_ROWS
+
+ZERO_BYTES = {"int8": 0x80, "planes": 0x88}
+"""A byte of codes that are all 0."""
+
+LEAST_EMPTY = 1 / 64
+"""Share of blocks without a code from which on a tile mask is worth its name."""
 
 
 def row_chunks(rows: int, cols: int) -> Iterator[slice]:
@@ -183,6 +191,40 @@ def unpack_codes(packed: PackedTensor, planes: Literal["hi", "hi+lo"] = "hi+lo")
     return codes, scales
 
 
+# ---- tile masks ------------------------------------------------------------------------------------------------------
+
+
+def without_empty(packed: PackedTensor, least: float = LEAST_EMPTY) -> PackedTensor:
+    """The same weights under a tile mask that leaves out the blocks of 32 rows x `group` columns whose codes are zero
+    in all planes. `packed` itself if less than the share `least` of its blocks is, if it has a mask already, or if its
+    encoding takes none."""
+    if packed.encoding not in ZERO_BYTES or packed.kept is not None:
+        return packed
+    planes = [packed.hi] if packed.lo is None else [packed.hi, packed.lo]
+    blocks = [np.ascontiguousarray(plane).reshape(packed.tiles * packed.groups, -1) for plane in planes]
+    empty = np.ones(packed.tiles * packed.groups, np.bool_)
+    for width in (8, None):  # a few bytes of every block rule out nearly all that hold something
+        for block, begin in zip(blocks, (SCALE_BYTES, 0), strict=False):
+            places, codes = np.flatnonzero(empty), slice(begin, begin + width if width else None)
+            for some in np.array_split(places, 1 + len(places) * block.shape[1] // CHUNK_ELEMENTS):
+                empty[some] = (block[some, codes] == ZERO_BYTES[packed.encoding]).all(axis=1)
+    if np.mean(empty) < least:
+        return packed
+    stored = ~empty.reshape(packed.tiles, packed.groups)
+    stored[0, 0] |= not stored.any()  # something must be there
+    hi, *lo = (block[stored.reshape(-1)].reshape(-1) for block in blocks)
+    return replace(packed, hi=hi, lo=lo[0] if lo else None, kept=pack_mask(stored))
+
+
+def whole(packed: PackedTensor) -> PackedTensor:
+    """The same weights without a tile mask: what it left out has scale 0 and codes 0."""
+    if packed.kept is None:
+        return packed
+    rows = slice(0, packed.rows)
+    lo = None if packed.lo is None else groups_of(packed, rows, packed.lo).reshape(-1)
+    return replace(packed, hi=groups_of(packed, rows, packed.hi).reshape(-1), lo=lo, kept=None)
+
+
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
@@ -288,21 +330,33 @@ def _codes_of_nibbles(plane: U8, padded_cols: int) -> npt.NDArray[np.int16]:
 
 
 def _tiles_of(packed: PackedTensor, rows: slice) -> U8:
-    """Contiguous hi (or only) bytes of the tiles of `rows`."""
+    """Contiguous bytes of the tiles of `rows`, of an encoding without scales."""
     size = tile_bytes(packed.encoding, packed.padded_cols, packed.group)[0]
     return np.ascontiguousarray(packed.hi[rows.start // TILE_ROWS * size : -(-rows.stop // TILE_ROWS) * size])
 
 
-def _groups_of(packed: PackedTensor, rows: slice) -> U8:
-    """[tiles, groups, bytes of a group] of an encoding with scales."""
-    groups = packed.padded_cols // packed.group
-    size = tile_bytes(packed.encoding, packed.padded_cols, packed.group)[0]
-    return _tiles_of(packed, rows).reshape(-1, groups, size // groups)
+def groups_of(packed: PackedTensor, rows: slice, plane: U8) -> U8:
+    """[tiles, groups, bytes of a group] of one plane of an encoding with scales, for the tiles of `rows`. Groups that a
+    tile mask leaves out have scale 0 and codes 0."""
+    first, last = rows.start // TILE_ROWS, -(-rows.stop // TILE_ROWS)
+    is_hi = plane is packed.hi
+    size = tile_bytes(packed.encoding, packed.group, packed.group)[0 if is_hi else 1]
+    if packed.kept is None:
+        tile = size * packed.groups
+        return np.ascontiguousarray(plane[first * tile : last * tile]).reshape(-1, packed.groups, size)
+    stored = packed.stored
+    before, here = np.count_nonzero(stored[:first]), stored[first:last]
+    out = np.full((*here.shape, size), ZERO_BYTES[packed.encoding], np.uint8)
+    if is_hi:
+        out[:, :, :SCALE_BYTES] = 0
+    out[here] = plane[before * size : (before + np.count_nonzero(here)) * size].reshape(-1, size)
+    return out
 
 
 def _chunk_scales(packed: PackedTensor, rows: slice) -> F32:
     """Stored scales of whole tiles, float32 [rows, groups]."""
-    stored = np.ascontiguousarray(_groups_of(packed, rows)[:, :, :SCALE_BYTES]).view("<f2")  # [tiles, groups, 32]
+    groups = groups_of(packed, rows, packed.hi)
+    stored = np.ascontiguousarray(groups[:, :, :SCALE_BYTES]).view("<f2")  # [tiles, groups, 32]
     return stored.transpose(0, 2, 1).reshape(-1, stored.shape[1]).astype(np.float32)
 
 
@@ -310,13 +364,12 @@ def _chunk_codes(packed: PackedTensor, rows: slice, planes: str) -> tuple[npt.ND
     """Codes of whole tiles, int16 [rows, padded_cols], and the shift of their scale: w = scale / 2^shift * code."""
     if planes not in ("hi", "hi+lo"):
         raise InputError(f"planes must be 'hi' or 'hi+lo', not {planes!r}")
-    body = _groups_of(packed, rows)[:, :, SCALE_BYTES:]
+    body = groups_of(packed, rows, packed.hi)[:, :, SCALE_BYTES:]
     if packed.encoding == "int8":
         block = body.reshape(len(body), -1, packed.group // 4, TILE_ROWS, 4).transpose(0, 3, 1, 2, 4)
         return block.reshape(-1, packed.padded_cols).astype(np.int16) - np.int16(128), 0
     hi = _codes_of_nibbles(body, packed.padded_cols)
     if packed.lo is None or planes == "hi":
         return hi, 0
-    size = tile_bytes(packed.encoding, packed.padded_cols, packed.group)[1]
-    lo = packed.lo[rows.start // TILE_ROWS * size : -(-rows.stop // TILE_ROWS) * size]
+    lo = groups_of(packed, rows, packed.lo)
     return (hi << np.int16(packed.lo_shift)) + _codes_of_nibbles(lo, packed.padded_cols), packed.lo_shift

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from haomiao.errors import InputError
-from haomiao.kernels.pack import from_bf16, to_bf16, unpack, unpack_codes
+from haomiao.kernels.pack import from_bf16, groups_of, to_bf16, unpack, unpack_codes
 from haomiao.kernels.packed import TILE_ROWS, PackedTensor
 from haomiao.types import F32
 
@@ -109,12 +109,13 @@ def _linear_int8(packed: PackedTensor, x: F32, planes: Literal["hi", "hi+lo"]) -
     q, activation_scales = prepare_int8(x)
     codes, weight_scales = unpack_codes(packed, planes)
     y = np.zeros((x.shape[0], packed.rows), np.float32)
+    stored = np.repeat(packed.stored, TILE_ROWS, axis=0)[: packed.rows]  # [rows, groups]: what is left out adds nothing
     for g in range(activation_scales.shape[1]):
         columns = slice(g * ACTIVATION_GROUP, min((g + 1) * ACTIVATION_GROUP, packed.cols))
         # every partial sum is an integer below 2^24, hence exact in float32 in any order
         total = q[:, columns].astype(np.float32) @ codes[:, columns].T.astype(np.float32)
         scales = weight_scales[None, :, g * ACTIVATION_GROUP // packed.group] * activation_scales[:, g, None]
-        y = fma(scales, total, y)
+        y = np.where(stored[:, g * ACTIVATION_GROUP // packed.group], fma(scales, total, y), y)
     return y
 
 
@@ -126,14 +127,12 @@ def _linear_float(weights: F32, x: F32) -> F32:
 
 
 def _tile(packed: PackedTensor, tile: int) -> PackedTensor:
-    """One tile as a matrix of its own."""
-    hi_bytes, lo_bytes = packed.hi.size // packed.tiles, 0 if packed.lo is None else packed.lo.size // packed.tiles
-    return PackedTensor(
-        packed.encoding,
-        min(TILE_ROWS, packed.rows - tile * TILE_ROWS),
-        packed.cols,
-        packed.group,
-        packed.lo_shift,
-        packed.hi[tile * hi_bytes : (tile + 1) * hi_bytes],
-        None if packed.lo is None else packed.lo[tile * lo_bytes : (tile + 1) * lo_bytes],
-    )
+    """One tile as a matrix of its own, without a mask."""
+    rows = slice(tile * TILE_ROWS, min(packed.rows, (tile + 1) * TILE_ROWS))
+    if packed.group:
+        hi = groups_of(packed, rows, packed.hi).reshape(-1)
+        lo = None if packed.lo is None else groups_of(packed, rows, packed.lo).reshape(-1)
+    else:
+        size = packed.hi.size // packed.tiles
+        hi, lo = packed.hi[tile * size : (tile + 1) * size], None
+    return PackedTensor(packed.encoding, rows.stop - rows.start, packed.cols, packed.group, packed.lo_shift, hi, lo)

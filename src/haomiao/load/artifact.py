@@ -16,15 +16,15 @@ import numpy as np
 
 from haomiao import _core
 from haomiao.errors import ArtifactError, ModelNotFoundError
-from haomiao.kernels.packed import ENCODINGS, PackedTensor
-from haomiao.load.artifact_writer import MODEL_FILE, ArtifactWriter, finite_scales
+from haomiao.kernels.packed import ENCODINGS, PackedTensor, pack_mask
+from haomiao.load.artifact_writer import MASK_SUFFIX, MODEL_FILE, ArtifactWriter, finite_scales
 from haomiao.load.jsonfile import parse_object
 from haomiao.load.mapping import map_file
 from haomiao.types import F32, U8
 
 __all__ = ["MODEL_FILE", "Artifact", "ArtifactWriter", "Section", "is_artifact"]
 
-META, MATRIX, VECTOR = 1, 2, 3
+META, MATRIX, VECTOR, TILES = 1, 2, 3, 4
 MAX_COMPANIONS = 64
 VERIFY_CHUNK = 16 << 20
 
@@ -44,6 +44,8 @@ class Section:
     lo_shift: int
     rows: int
     cols: int
+    stored: int
+    """Of a tile mask: how many groups the tiles of its matrix store."""
 
 
 def is_artifact(path: Path) -> bool:
@@ -77,6 +79,7 @@ class Artifact:
         except ValueError as wrong:
             raise ArtifactError(f"{path}: {wrong}") from None
         bodies = {(s.name, s.plane): data[s.offset : s.offset + s.bytes] for s in self.sections}
+        masks = {s.name.removesuffix(MASK_SUFFIX): s for s in self.sections if s.kind == TILES}
         self.meta, self.tensors, self.vectors = {}, {}, {}
         for section in self.sections:
             body = bodies[section.name, section.plane]
@@ -86,8 +89,8 @@ class Artifact:
                 self.vectors[section.name] = vector = body.view("<f4")
                 if not np.isfinite(vector).all():
                     raise ArtifactError(f"{path}: section '{section.name}': a value is NaN or infinite")
-            elif section.plane == 0:
-                self.tensors[section.name] = PackedTensor(
+            elif section.kind == MATRIX and section.plane == 0:
+                self.tensors[section.name] = tensor = PackedTensor(
                     encoding=ENCODINGS[section.encoding],
                     rows=section.rows,
                     cols=section.cols,
@@ -95,7 +98,10 @@ class Artifact:
                     lo_shift=section.lo_shift,
                     hi=body,
                     lo=bodies.get((section.name, 1)),
+                    kept=bodies.get((section.name + MASK_SUFFIX, 0)) if section.name in masks else None,
                 )
+                if tensor.kept is not None and not _agrees(tensor, masks[section.name].stored):
+                    raise ArtifactError(f"{path}: section '{section.name}{MASK_SUFFIX}' contradicts itself")
         self.files = _companions(directory)
 
     @classmethod
@@ -143,6 +149,11 @@ class Artifact:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _agrees(tensor: PackedTensor, stored: int) -> bool:
+    """True if the tile mask names that many groups, and none that does not exist."""
+    return bool(np.count_nonzero(tensor.stored) == stored and np.array_equal(pack_mask(tensor.stored), tensor.kept))
 
 
 def _companions(directory: Path) -> dict[str, Path]:

@@ -25,21 +25,24 @@ import numpy as np
 import numpy.typing as npt
 
 from haomiao.errors import ArtifactError, HaomiaoError, InputError, UnavailableError
+from haomiao.kernels.pack import without_empty
 from haomiao.kernels.packed import ENCODINGS, TILE_ROWS, PackedTensor, tile_bytes
 from haomiao.load.jsonfile import MAX_BYTES as MAX_META_BYTES
 from haomiao.types import U8
 
 MODEL_FILE = "model.haomiao"
+MASK_SUFFIX = ".tiles"
+"""A matrix's name and this: the section of its tile mask."""
 MAGIC = b"HAOMIAO\0"
 MAJOR, MINOR = 1, 0
 ALIGN = 64
 FIXED = struct.Struct("<8sHHIQIII28x")  # magic, major, minor, header bytes, file bytes, sections, flags, crc
 ENTRY = struct.Struct("<IIIIQQIIIIIIIIQ56x")
 """kind, flags, name offset, name bytes, offset, bytes, crc, encoding, plane, group, lo_shift, rows, cols, padded_cols,
-tile bytes."""
+tile bytes (of a tile mask: groups that are stored)."""
 CRC_OFFSET = 32
 REQUIRED = 1
-META, MATRIX, VECTOR = 1, 2, 3
+META, MATRIX, VECTOR, TILES = 1, 2, 3, 4
 WRITE_CHUNK = 8 << 20
 RESERVED_HEADER = 256 << 10
 """Room left for the header, a hole in the file: about 1,400 sections. A longer header moves the bodies once."""
@@ -79,22 +82,27 @@ class ArtifactWriter:
     # ---- what goes in
 
     def add_tensor(self, name: str, tensor: PackedTensor) -> None:
-        """A matrix; its lo plane becomes a section of its own. Raises `ArtifactError` for sizes that contradict the
-        shape, and for scales (f32, bf16: weights) that are NaN or infinite."""
-        sizes = tile_bytes(tensor.encoding, tensor.padded_cols, tensor.group)
-        planes = [tensor.hi] if tensor.lo is None else [tensor.hi, tensor.lo]
-        for plane, size in zip(planes, sizes, strict=False):
-            if size == 0 or plane.nbytes != tensor.tiles * size:
-                raise ArtifactError(f"{name}: {plane.nbytes} bytes, its shape implies {tensor.tiles * size}")
+        """A matrix; its lo plane becomes a section of its own. Blocks of 32 rows x `group` columns that hold only zero
+        codes are left out under a tile mask where there are enough of them. Raises `ArtifactError` for sizes that
+        contradict the shape, and for scales (f32, bf16: weights) that are NaN or infinite."""
+        for plane, size in zip([tensor.hi, tensor.lo], tensor.sizes, strict=True):
+            if plane is not None and (size == 0 or plane.nbytes != size):
+                raise ArtifactError(f"{name}: {plane.nbytes} bytes, its shape implies {size}")
         if tensor.lo is None and tensor.lo_shift:
             raise ArtifactError(f"{name}: lo_shift without a lo plane")
         if not finite_scales(tensor):
             raise ArtifactError(f"{name}: a scale or weight is NaN or infinite")
         self._claim(name)
-        encoding = ENCODINGS.index(tensor.encoding)
+        tensor = without_empty(tensor)
+        encoding, shape = ENCODINGS.index(tensor.encoding), (tensor.rows, tensor.cols, tensor.padded_cols)
+        if tensor.kept is not None:  # first, so that a reader that knows no masks says what it misses
+            stored = int(np.count_nonzero(tensor.stored))
+            self._claim(name + MASK_SUFFIX)
+            self._write(TILES, name + MASK_SUFFIX, tensor.kept, (encoding, 0, tensor.group, 0, *shape, stored))
+        planes = [tensor.hi] if tensor.lo is None else [tensor.hi, tensor.lo]
+        sizes = tile_bytes(tensor.encoding, tensor.padded_cols, tensor.group)
         for index, (plane, size) in enumerate(zip(planes, sizes, strict=False)):
-            shape = (encoding, index, tensor.group, tensor.lo_shift, tensor.rows, tensor.cols, tensor.padded_cols, size)
-            self._write(MATRIX, name, plane, shape)
+            self._write(MATRIX, name, plane, (encoding, index, tensor.group, tensor.lo_shift, *shape, size))
 
     def add_vector(self, name: str, values: npt.NDArray[np.float32]) -> None:
         """A norm or bias, float32 [n]. Raises `ArtifactError` if a value is NaN or infinite."""

@@ -17,7 +17,8 @@ KV_BYTES: Mapping[KvType, int] = {"f32": 4, "bf16": 2, "int8": 1}
 def weight_bytes_per_step(plan: Plan, weights: Mapping[str, object], point: str) -> int:
     """Bytes of matrices that one step reads at `point`: each linear layer once, the head at its own planes.
 
-    The embedding is read by row and vectors are small: both are left out (less than 0.1 % of any real model).
+    What a tile mask leaves out is not read. The embedding is read by row and vectors are small: both are left out (less
+    than 0.1 % of any real model).
     """
     chosen = POINTS[point]
     total = 0
@@ -42,11 +43,15 @@ def kv_bytes_per_token(plan: Plan, kv: KvType) -> int:
     return total
 
 
-def operations_per_token(plan: Plan) -> int:
-    """Multiplications and additions in the linear layers for one prompt token; head and attention are left out."""
-    return sum(
-        2 * plan.weights[op.weight].rows * plan.weights[op.weight].cols for op in plan.ops if isinstance(op, Linear)
-    )
+def operations_per_token(plan: Plan, weights: Mapping[str, object] | None = None) -> int:
+    """Multiplications and additions in the linear layers for one prompt token; head and attention are left out. With
+    `weights`, what their tile masks leave out is not counted."""
+    total = 0.0
+    for op in plan.ops:
+        if isinstance(op, Linear):
+            spec, weight = plan.weights[op.weight], None if weights is None else weights[op.weight]
+            total += 2 * spec.rows * spec.cols * (weight.share if isinstance(weight, PackedTensor) else 1.0)
+    return round(total)
 
 
 def _read_bytes(weight: object, planes: Planes) -> int:

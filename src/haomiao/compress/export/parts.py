@@ -21,6 +21,7 @@ from haomiao.models.plan import Plan, WeightSpec
 from haomiao.types import F32
 
 Planes = Literal["hi", "hi+lo"]
+I16 = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,49 +30,60 @@ class Part:
 
     name: str
     values: F32 | None
-    codes: npt.NDArray[np.int16] | None
+    codes: I16 | None
     scales: F32 | None
     group: int
+    table: bool = False
+    """The token table or the head."""
+
+    @property
+    def rows(self) -> int:
+        """Of the weight in the checkpoint."""
+        stored: npt.NDArray[Any] | None = self.values if self.codes is None else self.codes
+        return 0 if stored is None else len(stored)
 
 
-def parts(artifact: Artifact, plan: Plan, point: str) -> Iterator[Part]:
+def parts(
+    artifact: Artifact, plan: Plan, point: str, *, tables_in_codes: bool = False, norms_as_run: bool = False
+) -> Iterator[Part]:
     """Every weight of the checkpoint at `point`: body matrices in codes, everything else as floats.
 
-    Raises `UnsupportedModelError` for families whose checkpoints store weights otherwise (Conv1D, fused slices).
+    `tables_in_codes`: the token table and the head in codes too, with all planes that are stored. `norms_as_run`: norm
+    weights that checkpoints store as offsets from one come with their one. Raises `UnsupportedModelError` for families
+    whose checkpoints store weights transposed (Conv1D), whose groups would run along the other axis.
     """
     planes: Planes = "hi" if point == "int4" else "hi+lo"
     written: set[str] = set()
     for spec in plan.weights.values():
-        if spec.slices or spec.transform == "transpose":
-            raise UnsupportedModelError(
-                f"{plan.family} cannot be exported yet: its checkpoints fuse or transpose weights"
-            )
+        if spec.transform == "transpose":
+            raise UnsupportedModelError(f"{plan.family} cannot be exported: its checkpoints store weights transposed")
         if spec.kind == "vector":
-            offset = np.float32(1 if spec.transform == "plus_one" else 0)
+            offset = np.float32(1 if spec.transform == "plus_one" and not norms_as_run else 0)
             yield from _vectors(spec, artifact.vectors[spec.name] - offset)
         elif spec.role == "body":
             yield from _matrices(spec, artifact.tensors[spec.name], planes)
         elif spec.sources[0] not in written:
             written.add(spec.sources[0])
-            values = unpack(artifact.tensors[spec.name])
-            yield Part(spec.sources[0], values, None, None, 0)
+            yield _table(spec, artifact.tensors[spec.name], tables_in_codes)
 
 
-def rows_of(spec: WeightSpec) -> list[npt.NDArray[np.int64]]:
-    """The matrix's rows that each source became, in the source's own order."""
-    sizes = [shape[0] for shape in spec.shapes]
-    if spec.layout == "concat":
-        starts = np.cumsum([0, *sizes])
-        return [np.arange(starts[i], starts[i + 1]) for i in range(len(sizes))]
-    count = len(sizes)
-    return [
-        np.arange(n) // TILE_ROWS * TILE_ROWS * count + i * TILE_ROWS + np.arange(n) % TILE_ROWS
-        for i, n in enumerate(sizes)
-    ]
+def rows_of(spec: WeightSpec) -> dict[str, npt.NDArray[np.int64]]:
+    """The matrix's rows that each source became, in the source's own order; slices of one source follow each other."""
+    sizes = [shape[0] for shape in spec.shapes] if not spec.slices else [end - begin for begin, end in spec.slices]
+    starts, count = np.cumsum([0, *sizes]), len(sizes)
+    found: dict[str, list[npt.NDArray[np.int64]]] = {}
+    for i, (name, n) in enumerate(zip(spec.sources, sizes, strict=True)):
+        rows = np.arange(n)
+        if spec.layout == "concat":
+            rows = starts[i] + rows
+        else:
+            rows = rows // TILE_ROWS * TILE_ROWS * count + i * TILE_ROWS + rows % TILE_ROWS
+        found.setdefault(name, []).append(rows)
+    return {name: np.concatenate(rows) for name, rows in found.items()}
 
 
 def _vectors(spec: WeightSpec, values: F32) -> Iterator[Part]:
-    for name, rows in zip(spec.sources, rows_of(spec), strict=True):
+    for name, rows in rows_of(spec).items():
         yield Part(name, values[rows], None, None, 0)
 
 
@@ -79,9 +91,17 @@ def _matrices(spec: WeightSpec, tensor: PackedTensor, planes: Planes) -> Iterato
     if tensor.encoding not in ("int8", "planes"):
         raise InputError(f"{spec.name} is stored as {tensor.encoding}: only int8 and int4 artifacts are exported")
     codes, scales = unpack_codes(tensor, planes)
-    for name, rows, shape in zip(spec.sources, rows_of(spec), spec.shapes, strict=True):
-        groups = -(-shape[1] // tensor.group)
-        yield Part(name, None, codes[rows, : shape[1]], scales[rows, :groups], tensor.group)
+    cols = {name: shape[1] for name, shape in zip(spec.sources, spec.shapes, strict=True)}
+    for name, rows in rows_of(spec).items():
+        groups = -(-cols[name] // tensor.group)
+        yield Part(name, None, codes[rows, : cols[name]], scales[rows, :groups], tensor.group)
+
+
+def _table(spec: WeightSpec, tensor: PackedTensor, in_codes: bool) -> Part:
+    if not in_codes or tensor.encoding not in ("int8", "planes"):
+        return Part(spec.sources[0], unpack(tensor), None, None, 0, table=True)
+    codes, scales = unpack_codes(tensor)
+    return Part(spec.sources[0], None, codes, scales[:, : -(-tensor.cols // tensor.group)], tensor.group, table=True)
 
 
 def config_of(artifact: Artifact) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class NativeExecutor:
         specs = [_point(name) for name in points]
         if len({spec.family for spec in specs}) != 1:
             raise InputError(f"points must be switchable, one family: {', '.join(points) or 'none given'}")
+        if "int4-w" in points:
+            raise InputError("int4-w runs on the torch executor (--device cuda), not on this one", param="point")
         if isa is not None and isa not in available():
             raise UnavailableError(f"isa {isa!r}: this machine can run {', '.join(available())}", param="isa")
         if threads is not None and threads < 1:
@@ -100,8 +102,9 @@ class NativeExecutor:
         greedy = batch.greedy
         if greedy is not None and (greedy.dtype != np.bool_ or greedy.shape != rows.shape):
             raise InputError("greedy must be a bool array with an element for each logit row", param="greedy")
+        copies = None if batch.copies is None else _int32("copies", batch.copies, 2)
         try:
-            elapsed = runner.step(self.points.index(batch.point), *arrays, rows, greedy, logits, argmax)
+            elapsed = runner.step(self.points.index(batch.point), *arrays, rows, greedy, copies, logits, argmax)
         except ValueError as error:
             raise InputError(f"step: {error}") from None
         return StepResult(logits, argmax, elapsed)
@@ -210,7 +213,7 @@ def _hand_over_weight(
     t = tensors[name]
     if (t.rows, t.cols) != (spec.rows, spec.cols):
         raise ModelError(f"matrix {name!r} is [{t.rows}, {t.cols}], not [{spec.rows}, {spec.cols}]")
-    built.matrix(name, ENCODINGS.index(t.encoding), t.rows, t.cols, t.group, t.lo_shift, t.hi, t.lo)
+    built.matrix(name, ENCODINGS.index(t.encoding), t.rows, t.cols, t.group, t.lo_shift, t.hi, t.lo, t.kept)
 
 
 def _hand_over_op(built: _core.Plan, op: Any) -> None:

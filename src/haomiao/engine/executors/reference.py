@@ -66,7 +66,7 @@ class ReferenceExecutor:
         self.kv_type: KvType = kv_type or POINTS[self.points[0]].default_kv
         self.threads, self.isa = 1, "numpy"
         self._tensors, self._vectors = tensors, vectors
-        self._unpacked: dict[str, F64] = {}
+        self._unpacked: dict[tuple[str, str], F64] = {}
         check_weights(plan, tensors, vectors)
         shapes = [
             (kv_blocks, heads, KV_BLOCK_TOKENS, dim) for heads, dim in zip(plan.kv_heads, plan.head_dims, strict=True)
@@ -100,16 +100,19 @@ class ReferenceExecutor:
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
-    def linear(self, name: str, x: F32, planes: Planes, bias: str | None) -> F32:
-        """x Wᵀ (+ bias) by the rule of the weight's encoding and the point's planes."""
+    def linear(self, name: str, x: F32, planes: Planes, bias: str | None, wide: bool = False) -> F32:
+        """x Wᵀ (+ bias) by the rule of the weight's encoding and the point's planes. `wide`: codes meet activations of
+        16 bits (`int4-w`)."""
         packed = self._tensors[name]
         offset = None if bias is None else self._vectors[bias]
-        if packed.encoding in ("int8", "planes"):
-            read: Literal["hi", "hi+lo"] = "hi" if planes == "hi" else "hi+lo"
+        read: Literal["hi", "hi+lo"] = "hi" if planes == "hi" else "hi+lo"
+        coded = packed.encoding in ("int8", "planes")
+        if coded and not wide:
             return reference.linear(packed, x, read, bias=offset)
-        rounded = from_bf16(to_bf16(x)) if planes == "bf16" and packed.encoding == "bf16" else x
+        rounded = from_bf16(to_bf16(x)) if coded or (planes == "bf16" and packed.encoding == "bf16") else x
+        matrix = self._matrix(name, read)
         # row by row: what a token gets must not depend on how many others are in the step
-        y = np.stack([self._matrix(name) @ row for row in rounded.astype(np.float64)]).astype(np.float32)
+        y = np.stack([matrix @ row for row in rounded.astype(np.float64)]).astype(np.float32)
         return y if offset is None else y + offset
 
     def rows(self, name: str, indices: I32) -> F32:
@@ -122,10 +125,11 @@ class ReferenceExecutor:
         vector: F32 = self._vectors[name]
         return vector
 
-    def _matrix(self, name: str) -> F64:
-        if name not in self._unpacked:
-            self._unpacked[name] = unpack(self._tensors[name]).astype(np.float64)
-        return self._unpacked[name]
+    def _matrix(self, name: str, planes: Literal["hi", "hi+lo"] = "hi+lo") -> F64:
+        key = (name, planes)
+        if key not in self._unpacked:
+            self._unpacked[key] = unpack(self._tensors[name], planes).astype(np.float64)
+        return self._unpacked[key]
 
     # ---- K and V ----------------------------------------------------------------------------------------------------
 
@@ -187,6 +191,19 @@ def check_batch(batch: StepBatch, executor: Any) -> None:
     rows = batch.logit_rows
     if rows.size and (rows.min() < 0 or rows.max() >= tokens or (np.diff(rows) < 1).any()):
         raise InputError("logit_rows must ascend within the step's tokens")
+    if batch.copies is not None:
+        check_copies(batch.copies, tokens, executor.kv_blocks)
+
+
+def check_copies(copies: I32, tokens: int, kv_blocks: int) -> None:
+    """Refuse copies of K and V that are not there."""
+    if copies.ndim != 2 or copies.shape[1] != 2 or (np.diff(copies[:, 0]) < 0).any():
+        raise InputError("copies must be [n, 2], ascending by token")
+    if copies.size and not (
+        0 <= copies[:, 0].min() <= copies[:, 0].max() < tokens
+        and 0 <= copies[:, 1].min() <= copies[:, 1].max() < kv_blocks
+    ):
+        raise InputError("copies name tokens or KV blocks that are not there")
 
 
 class _Step:
@@ -231,7 +248,9 @@ class _Step:
         self.buffers[op.out] = y.astype(np.float32)
 
     def do_linear(self, op: ops.Linear) -> None:
-        self.buffers[op.out] = self.executor.linear(op.weight, self.buffers[op.source], self.point.planes, op.bias)
+        self.buffers[op.out] = self.executor.linear(
+            op.weight, self.buffers[op.source], self.point.planes, op.bias, self.point.activations == "bf16"
+        )
 
     def section(self, buffer: str, offset: int, heads: int, head_dim: int) -> F32:
         """A view [tokens, heads, head_dim] of a range of columns."""
@@ -264,11 +283,17 @@ class _Step:
         k = self.section(op.qkv, op.k_offset, op.kv_heads, op.head_dim)
         v = self.section(op.qkv, op.v_offset, op.kv_heads, op.head_dim)
         out = np.zeros((self.batch.tokens, op.heads * op.head_dim), np.float32)
+        spans = []
         for span in range(self.batch.past.size):
             table = self.batch.block_tables[span]
             tokens = range(int(self.batch.span_starts[span]), int(self.batch.span_starts[span + 1]))
+            spans.append((table, tokens))
             for t in tokens:
                 self.executor.write_kv(op.layer, table, int(self.positions[t]), k[t], v[t])
+        for t, block in () if self.batch.copies is None else self.batch.copies:
+            anywhere = np.full(int(self.positions[t]) // KV_BLOCK_TOKENS + 1, block, np.int32)
+            self.executor.write_kv(op.layer, anywhere, int(self.positions[t]), k[t], v[t])
+        for table, tokens in spans:
             for t in tokens:
                 keys, values = self.executor.read_kv(op.layer, table, int(self.positions[t]) + 1)
                 out[t] = attend(op, q[t], keys, values, self.executor.kv_type).reshape(-1)
@@ -289,7 +314,8 @@ class _Step:
         rows = self.buffers[op.source][self.batch.logit_rows]
         if rows.shape[0] == 0:
             return
-        logits = self.executor.linear(op.weight, rows, self.point.head, op.bias) * np.float32(op.scale)
+        wide = self.point.activations == "bf16"
+        logits = self.executor.linear(op.weight, rows, self.point.head, op.bias, wide) * np.float32(op.scale)
         self.logits = softcapped(logits, op.softcap).astype(np.float32)
 
 

@@ -92,6 +92,18 @@ def codes_q4_0(data: U8) -> tuple[I8, F32]:
     return (_nibbles(blocks[:, 2:]).view(np.int8) - np.int8(8)), _half(blocks, 0)[:, 0]
 
 
+def codes_q4_1(data: U8) -> tuple[I8, F32] | None:
+    """Q4_1 as codes in [-15, 15] and scales, as `codes_q4_0`, if every minimum is its scale times a whole number from
+    -15 to 0 (checkpoints with integer zero-points, exported); None otherwise."""
+    blocks = data.reshape(-1, 20)
+    scales, minimums = _half(blocks, 0), _half(blocks, 2)
+    with np.errstate(all="ignore"):
+        offsets = np.where(scales == 0, 0, np.rint(minimums / scales))
+    if not ((offsets >= -15) & (offsets <= 0) & (offsets * scales == minimums)).all():
+        return None
+    return _nibbles(blocks[:, 4:]).view(np.int8) + offsets.astype(np.int8), scales[:, 0]
+
+
 def codes_q8_0(data: U8) -> tuple[I8, F32]:
     """Q8_0 as it is: codes int8 [blocks, 32], and scales, float32 [blocks]."""
     blocks = data.reshape(-1, 34)

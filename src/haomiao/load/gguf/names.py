@@ -1,4 +1,4 @@
-"""GGUF tensor names -> Hugging Face names, per architecture. Knows names only.
+"""GGUF tensor names -> Hugging Face names and back, per architecture. Knows names only.
 
 The GGUF side is ggml-org/ggml, docs/gguf.md ("Standardized tensor names"); the other side is what each family's
 checkpoints on the hub use.
@@ -80,3 +80,21 @@ def translate(architecture: str, name: str) -> str | None:
     if (match := TOP.fullmatch(name)) and match[1] in top:
         return f"{top[match[1]]}.{match[2]}"
     return None
+
+
+def untranslate(architecture: str, name: str) -> str | None:
+    """The GGUF name of a tensor that a checkpoint calls `name`: the inverse of `translate`, None likewise."""
+    top, prefix, inside = TABLES[architecture]
+    middle, dot, kind = name.rpartition(".")
+    if not dot or kind not in ("weight", "bias"):
+        return None
+    if found := _key_of(top, middle):
+        return f"{found}.{kind}"
+    layer, dot, rest = middle.removeprefix(prefix + ".").partition(".")
+    if not (middle.startswith(prefix + ".") and layer.isdecimal()) or not (found := _key_of(inside, rest)):
+        return None
+    return f"blk.{layer}.{found}.{kind}"
+
+
+def _key_of(table: Mapping[str, str], value: str) -> str | None:
+    return next((key for key, name in table.items() if name == value), None)

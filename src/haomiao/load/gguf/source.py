@@ -6,7 +6,7 @@ the one added to Gemma's norms, the transposition of GPT-2's Conv1D.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from haomiao.errors import ModelError, UnsupportedModelError
-from haomiao.load.gguf.blocks import DEQUANTIZERS, TYPES, codes_q4_0, codes_q8_0, dequantize
+from haomiao.load.gguf.blocks import DEQUANTIZERS, TYPES, codes_q4_0, codes_q4_1, codes_q8_0, dequantize
 from haomiao.load.gguf.config import translate_config
 from haomiao.load.gguf.names import ROPE_TENSORS, translate
 from haomiao.load.gguf.reader import GgufFile, TensorInfo
 from haomiao.load.safetensors import to_f32
 from haomiao.load.source import QuantizedTensor
-from haomiao.types import F32
+from haomiao.types import F32, U8
 
 FLOATS = ("f32", "f16", "bf16")
+CODED: Mapping[str, tuple[int, Callable[[U8], tuple[npt.NDArray[np.int8], F32] | None]]] = {
+    "q4_0": (4, codes_q4_0),
+    "q4_1": (5, codes_q4_1),
+    "q8_0": (8, codes_q8_0),
+}
+"""Types whose codes are kept: bits of a code, and how they are read."""
 MAX_ROPE_CHANNELS = 4096
 
 
@@ -72,19 +78,23 @@ class GgufSource:
         return values.T if self._is_conv1d(name) else values
 
     def quantized(self, name: str) -> QuantizedTensor | None:
-        """Codes and scales of Q4_0 (4 bits) and Q8_0 (8 bits), group 32; None for all else and for Conv1D weights,
-        whose groups run along the other axis."""
+        """Codes and scales of Q4_0 (4 bits), Q4_1 with whole zero-points (5 bits) and Q8_0 (8 bits), group 32; None for
+        all else and for Conv1D weights, whose groups run along the other axis."""
         info = self._find(name)
         kind = TYPES[info.type].name
-        if kind not in ("q4_0", "q8_0") or len(info.shape) != 2 or self._is_conv1d(name):
+        if kind not in CODED or len(info.shape) != 2 or self._is_conv1d(name):
             return None
-        codes, scales = (codes_q4_0 if kind == "q4_0" else codes_q8_0)(self._open().bytes(info))
+        bits, read = CODED[kind]
+        found = read(self._open().bytes(info))
+        if found is None:
+            return None
+        codes, scales = found
         rows, cols = info.shape
         codes, scales = codes.reshape(rows, cols), scales.reshape(rows, cols // 32)
         if (heads := self._permuted_heads(name)) is not None:
             order = self._row_order(info, heads)
             codes, scales = codes[order], scales[order]
-        return QuantizedTensor(codes, scales, group=32, bits=4 if kind == "q4_0" else 8)
+        return QuantizedTensor(codes, scales, group=32, bits=bits)
 
     def close(self) -> None:
         """Let go of the mapped file; idempotent."""

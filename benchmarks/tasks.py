@@ -1,0 +1,224 @@
+"""Decisions in milliseconds: a fine-tuned model that chooses a label from a single prefill, beside TF-IDF + linear.
+
+    python benchmarks/tasks.py ../shared/data/tasks --work FOLDER --task home --task financial --out results.json
+    python benchmarks/tasks.py ../shared/data/tasks --work FOLDER --task home --only measure
+
+Each task's file is split once by seed: 80 % to learn, 10 % to stop by, 10 % to judge, the last seen by nobody before.
+The model is fine-tuned (`haomiao finetune`, PyTorch) on the first two, compressed by the pipeline (GPTQ on the task's
+own text) and asked `LLM.choose` for each of the last; its accuracy stands with a 95 % interval (bootstrap) beside that
+of scikit-learn's TF-IDF (words and characters) with logistic regression on the same split, whose strength is chosen on
+the second part. Labels are learnt as single tokens (`labels.json` keeps them): what is chosen is shorter, so it is
+decided sooner. Milliseconds are of whole calls, one after the other. The machine is printed first, one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from haomiao.metrics.statistics import Interval, bootstrap_mean
+
+Rows = list[tuple[str, str]]  # (text, label)
+SEED = 1
+CODES = [*"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+*#$"]
+"""One token each in any byte-level vocabulary."""
+WARMING = 20
+
+
+def table(path: str, text: int, label: Callable[[list[str]], str]) -> Callable[[Path], Rows]:
+    """A file of columns between tabs."""
+
+    def read(root: Path) -> Rows:
+        lines = (root / path).read_text(encoding="utf-8").splitlines()
+        rows = [line.split("\t") for line in lines if line.strip()]
+        return [(row[text], label(row)) for row in rows]
+
+    return read
+
+
+def json_lines(paths: Sequence[str], label: str) -> Callable[[Path], Rows]:
+    """Files of JSON lines with a sentence."""
+
+    def read(root: Path) -> Rows:
+        lines = [line for path in paths for line in (root / path).read_text(encoding="utf-8").splitlines() if line]
+        return [(row["sentence"], str(row[label])) for row in map(json.loads, lines)]
+
+    return read
+
+
+def comma_separated(path: str, text: str, label: str, encoding: str) -> Callable[[Path], Rows]:
+    """A CSV file with a header."""
+
+    def read(root: Path) -> Rows:
+        with (root / path).open(encoding=encoding, newline="") as file:
+            return [(row[text], row[label]) for row in csv.DictReader(file)]
+
+    return read
+
+
+TASKS: dict[str, Callable[[Path], Rows]] = {
+    "home": table("home_commands/home_trainset.tsv", 1, lambda row: row[0]),
+    "slurp": table("slurp/slurp_devel.tsv", 2, lambda row: row[0]),  # the scenario: actions are too rare to learn here
+    "snips": table("snips/snips_train.tsv", 1, lambda row: row[0]),
+    "financial": comma_separated("financial_phrasebank/all-data.csv", "content", "label", "latin-1"),
+    "tnews": json_lines(("tnews_zh/train_few_all.json", "tnews_zh/dev_few_all.json"), "label_desc"),
+    "eprstmt": json_lines(("eprstmt_zh/train_few_all.json", "eprstmt_zh/dev_few_all.json"), "label"),
+}
+
+
+def splits(rows: Rows) -> tuple[Rows, Rows, Rows]:
+    """Learn, stop, judge: 80, 10, 10 %. What is said twice is in one part only; labels seen once are left out."""
+    unique = list(dict.fromkeys((" ".join(text.split()), label) for text, label in rows))
+    seen: set[str] = set()
+    kept = [row for row in unique if row[0] not in seen and not seen.add(row[0])]  # type: ignore[func-returns-value]
+    counts = {label: sum(other == label for _, other in kept) for _, label in kept}
+    kept = [row for row in kept if counts[row[1]] > 1]
+    random.Random(SEED).shuffle(kept)
+    tenth = len(kept) // 10
+    return kept[2 * tenth :], kept[:tenth], kept[tenth : 2 * tenth]
+
+
+def write(path: Path, rows: Rows, codes: dict[str, str]) -> Path:
+    """Rows as the commands read them."""
+    lines = [json.dumps({"text": text, "label": codes[label]}, ensure_ascii=False) for text, label in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def learn(folder: Path, args: argparse.Namespace) -> None:
+    """Fine-tune and compress; what is there is kept."""
+    from haomiao.cli.main import main as haomiao
+
+    model = [] if args.model is None else [args.model]
+    threads = ["--threads", str(args.threads)]
+    if not (folder / "model").exists():
+        given = ["--data", str(folder / "train.jsonl"), "--valid", str(folder / "valid.jsonl"), *threads]
+        limits = ["--epochs", str(args.epochs), "--rate", str(args.rate), "--length", "128", "--device", args.device]
+        if haomiao(["finetune", *model, *given, *limits, "-o", str(folder / "model")]):
+            raise SystemExit("fine-tuning did not end")
+    if not (folder / "artifact").exists():
+        rows = [json.loads(line) for line in (folder / "train.jsonl").open(encoding="utf-8")]
+        asked = "\n".join(f"{row['text']}\n{row['label']}\n" for row in rows)
+        (folder / "text.txt").write_text(asked, encoding="utf-8")
+        given = ["--method", "gptq", "--text", str(folder / "text.txt"), "--length", "128", "--samples", "64", *threads]
+        if haomiao(["compress", str(folder / "model"), "-o", str(folder / "artifact"), *given]):
+            raise SystemExit("compression did not end")
+
+
+def judge(folder: Path, rows: Rows, codes: dict[str, str], point: str, threads: int) -> dict[str, Any]:
+    """Accuracy and milliseconds of the model's choices."""
+    from haomiao.api import LLM
+
+    options = [codes[label] for label in sorted(codes)]
+    right, took = [], []
+    path = folder / ("artifact" if point != "full" else "model")
+    with LLM(str(path), point=point, threads=threads, max_context=256, speculate="off") as llm:
+        for text, _ in rows[:WARMING]:
+            llm.choose(f"{text}\n", options)
+        for text, label in rows:
+            began = time.perf_counter()
+            choice = llm.choose(f"{text}\n", options)
+            took.append(1e3 * (time.perf_counter() - began))
+            right.append(float(choice.option == codes[label]))
+    return {"accuracy": interval(bootstrap_mean(right)), "ms": milliseconds(took), "threads": threads}
+
+
+def linear(train: Rows, valid: Rows, test: Rows) -> dict[str, Any]:
+    """TF-IDF of words and of characters, logistic regression; its strength by accuracy on `valid`."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline, make_union
+
+    def made(strength: float) -> Any:
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+        characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True)
+        model = make_pipeline(make_union(words, characters), LogisticRegression(C=strength, max_iter=1000))
+        return model.fit([text for text, _ in train], [label for _, label in train])
+
+    def accuracy(model: Any, rows: Rows) -> list[float]:
+        return [float(a == b) for a, (_, b) in zip(model.predict([t for t, _ in rows]), rows, strict=True)]
+
+    models = [made(strength) for strength in (3.0, 30.0)]
+    best = max(models, key=lambda model: float(np.mean(accuracy(model, valid))))
+    took = []
+    for text, _ in test:
+        began = time.perf_counter()
+        best.predict([text])
+        took.append(1e3 * (time.perf_counter() - began))
+    return {"accuracy": interval(bootstrap_mean(accuracy(best, test))), "ms": milliseconds(took)}
+
+
+def interval(found: Interval) -> dict[str, float]:
+    """An estimate with its ends."""
+    return {"estimate": round(found.estimate, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
+
+
+def milliseconds(took: list[float]) -> dict[str, float]:
+    """Median, 99th percentile, greatest."""
+    return {"p50": float(np.percentile(took, 50)), "p99": float(np.percentile(took, 99)), "max": max(took)}
+
+
+def main() -> None:
+    """Split, learn, judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="folder of the tasks")
+    parser.add_argument("--task", action="append", choices=list(TASKS), required=True, help="repeatable")
+    parser.add_argument("--work", type=Path, required=True, help="folder for splits and models")
+    parser.add_argument("--model", help="what is fine-tuned (default: the embedded model)")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--rate", type=float, default=0.001)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--only", choices=("learn", "measure"))
+    parser.add_argument("--points", default="int8,int4")
+    parser.add_argument("--restart", action="store_true", help="learn again")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    from haomiao.measure.machine import describe_machine
+
+    print(json.dumps(dataclasses.asdict(describe_machine()), default=str))
+    results: dict[str, Any] = {}
+    for name in args.task:
+        folder = args.work / name
+        if args.restart:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        train, valid, test = splits(TASKS[name](args.root))
+        labels = sorted({label for part in (train, valid, test) for _, label in part})
+        codes = dict(zip(labels, CODES, strict=False))
+        if len(codes) < len(labels):
+            raise SystemExit(f"{name}: {len(labels)} labels, {len(CODES)} single tokens")
+        (folder / "labels.json").write_text(json.dumps(codes, ensure_ascii=False, indent=1), encoding="utf-8")
+        for part, rows in (("train", train), ("valid", valid), ("test", test)):
+            write(folder / f"{part}.jsonl", rows, codes)
+        if args.only != "measure":
+            learn(folder, args)
+        if args.only != "learn":
+            found = {point: judge(folder, test, codes, point, args.threads) for point in args.points.split(",")}
+            most = max(sum(label == each for _, label in test) for each in labels) / len(test)
+            results[name] = {
+                "labels": len(labels),
+                "examples": [len(train), len(valid), len(test)],
+                "most_frequent": round(most, 4),
+                "haomiao": found,
+                "linear": linear(train, valid, test),
+            }
+            print(name, json.dumps(results[name]), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Teach a model prompts with their completions, or labels of text; the result opens in every command.
+
+DATA holds JSON lines {"prompt", "completion"}, or labelled text as `haomiao eval --task` reads it: JSON lines
+{"text", "label"}, or label<TAB>text. All weights are trained, or with --lora low-rank adapters that are merged at the
+end. A part of DATA (or --valid FILE) says when to stop; the best weights are written. An interrupted run goes on with
+the same command. Needs PyTorch: pip install 'haomiao[torch]'.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from haomiao.cli import options, terminal
+from haomiao.errors import InputError
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("f32", "bf16")
+
+
+def configure(parser: ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    options.add_model(parser)
+    add("--data", required=True, metavar="FILE", help="what is learnt")
+    add("-o", "--output", required=True, metavar="OUT", help="directory to write; it must not exist or be empty")
+    add("--valid", metavar="FILE", help="held-out data of the same form (default: a part of --data)")
+    add("--valid-share", type=options.number, help="share of --data that is held out (default 0.1)")
+    add("--prompt-template", metavar="TEXT", help="prompt of labelled text; {text} stands for it (default '{text}\\n')")
+    add("--lora", type=options.positive, metavar="RANK", help="train adapters of this rank instead of all weights")
+    add("--alpha", type=options.number, help="weight of the adapters (default: twice the rank)")
+    add("--epochs", type=options.positive, help="most passes over the data (default 5)")
+    add("--batch", type=options.positive, help="examples of a step (default 32)")
+    add("--rate", type=options.number, help="peak learning rate (default 0.0005; with --lora 0.003)")
+    add("--length", type=options.positive, help="most tokens of an example (default 256)")
+    add("--patience", type=options.natural, help="epochs without improvement before it ends (default 2; 0: never)")
+    add("--precision", type=options.one_of(PRECISIONS), help="f32 (default), or bf16 by autocast")
+    add("--device", type=options.one_of(DEVICES), default="auto", help="auto, cpu or cuda")
+    add("--threads", type=options.positive, help="of the CPU [HAOMIAO_THREADS]")
+    add("--seed", type=options.natural, help="of split, order and adapters (default 1)")
+    add("--restart", action="store_true", help="discard what an interrupted run left, and begin anew")
+    add("--json", action="store_true", help="print one object about the result last")
+    add("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+SETTINGS = ("lora", "alpha", "epochs", "batch", "rate", "length", "valid_share", "patience", "precision", "seed")
+
+
+def run(args: Namespace) -> int:
+    """Train, and say what became of it."""
+    from haomiao.train.needs import require_torch
+
+    require_torch("haomiao finetune")
+    model = options.take_model(args)
+    given = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    if not 0 < given.get("valid_share", 0.1) < 1:
+        raise InputError("--valid-share must lie between 0 and 1", param="valid_share")
+    if given.get("rate", 1.0) <= 0 or given.get("alpha", 1.0) <= 0:
+        raise InputError("--rate and --alpha must be above 0", param="rate")
+    if "alpha" in given and "lora" not in given:
+        raise InputError("--alpha means nothing without --lora", param="alpha")
+
+    from haomiao.measure.task import DEFAULT_TEMPLATE
+    from haomiao.train.command import Live
+    from haomiao.train.examples import read_pairs
+    from haomiao.train.finetune import Finetuning, finetune
+    from haomiao.train.starting import open_starting
+
+    template = args.prompt_template.replace("\\n", "\n") if args.prompt_template else DEFAULT_TEMPLATE
+    data, valid = (
+        None if path is None else read_pairs(options.read_text(path, flag), Path(path).name, template=template)
+        for path, flag in ((args.data, "--data"), (args.valid, "--valid"))
+    )
+    assert data is not None  # the flag is required
+    start = open_starting(model, revision=args.revision, offline=args.offline)
+    with Live(quiet=args.quiet) as live:
+        report = finetune(
+            start,
+            data,
+            Path(args.output),
+            Finetuning(**given),
+            valid=valid,
+            device=args.device,
+            threads=args.threads,
+            restart=args.restart,
+            tell=live,
+            note=None if args.quiet else terminal.note,
+        )
+    if report is None:
+        terminal.note("stopped; the same command goes on")
+        return 130
+    if args.json:
+        terminal.write_json({"path": args.output, **report})
+    elif not args.quiet:
+        right, began = 100 * (1 - report["error"]), 100 * (1 - report["began_with"])
+        figures = f"{report['loss']:.4f} nats/token, {right:.1f} % completed exactly ({began:.1f} % before)"
+        learnt = f"{report['examples']} examples, {report['steps']} steps"
+        terminal.note(f"{args.output}: {learnt}; held out ({report['validation']}): {figures}")
+    return 0

@@ -1,0 +1,1 @@
+"""Search over bits, sparsity, width and depth of a model, by measured error and measured time."""

@@ -1,0 +1,186 @@
+"""Fine-tuning: a model learns prompts and completions, or labels of text; a Hugging Face directory comes out.
+
+The best weights on the validation split are kept: by the share of completions that greedy decoding would get wrong
+where the data are labels, else by loss. `OUT.partial` holds what is done, so that the same command goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from haomiao.compress.export.compressed_tensors import check_target
+from haomiao.errors import InputError
+from haomiao.models.plan import Plan
+from haomiao.train.devices import precise, take_device
+from haomiao.train.examples import IGNORED, Example, Pairs, batch_of, encode_pairs, padded, split
+from haomiao.train.graph import Graph
+from haomiao.train.loop import LOG, Loop, Rhythm, Tell, read_log
+from haomiao.train.lora import Lora
+from haomiao.train.optimizers import Optimizer
+from haomiao.train.settings import Schedule
+from haomiao.train.starting import Starting
+from haomiao.train.state import RunFolder
+from haomiao.train.weights import write_checkpoint
+
+FULL_RATE, LORA_RATE = 5e-4, 3e-3
+TRAINING_LOG = "training_log.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Finetuning:
+    """What decides the result."""
+
+    lora: int = 0
+    """Rank of the adapters; 0: all weights are trained."""
+    alpha: float | None = None
+    """Of the adapters; None: twice the rank."""
+    epochs: int = 5
+    batch: int = 32
+    rate: float | None = None
+    length: int = 256
+    weight_decay: float = 0.05
+    valid_share: float = 0.1
+    patience: int = 2
+    """Validations (one an epoch) without improvement after which it ends; 0: never."""
+    precision: str = "f32"
+    seed: int = 1
+
+
+class Completions:
+    """The task: the tokens of completions, given their prompts. `weights()` gives the model's weights as they are."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Callable[[], Mapping[str, Tensor]],
+        train: Sequence[Example],
+        valid: Sequence[Example],
+        settings: Finetuning,
+        device: torch.device,
+    ) -> None:
+        self._graph, self._weights = Graph(plan), weights
+        self._train, self._valid, self._settings, self._device = train, valid, settings, device
+        self.tokens = max(1, settings.batch * sum(len(e.ids) for e in train) // len(train))  # on average
+
+    def backward(self, step: int) -> Tensor:
+        """Mean loss in nats per token of the completions."""
+        ids, targets = batch_of(self._train, self._settings.seed, step, self._settings.batch)
+        logits = self._logits(self._weights(), torch.from_numpy(ids))
+        wanted = torch.from_numpy(targets).to(self._device)
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
+        torch.autograd.backward(loss)
+        return loss.detach()
+
+    def _logits(self, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+        with precise(self._device, self._settings.precision):
+            return self._graph.logits(weights, ids.to(self._device)).float()
+
+    def validate(self) -> dict[str, float]:
+        """`loss` in nats per token, and `error`: the share of completions that greedy decoding would get wrong."""
+        nats, tokens, wrong = 0.0, 0, 0
+        by_length = sorted(self._valid, key=lambda example: len(example.ids))
+        with torch.no_grad():
+            weights = self._weights()
+            for begin in range(0, len(by_length), self._settings.batch):
+                ids, targets = padded(by_length[begin : begin + self._settings.batch])
+                logits, wanted = (
+                    self._logits(weights, torch.from_numpy(ids)),
+                    torch.from_numpy(targets).to(self._device),
+                )
+                counts = wanted != IGNORED
+                loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+                nats, tokens = nats + float(loss), tokens + int(counts.sum())
+                wrong += int(((logits.argmax(dim=-1) != wanted) & counts).any(dim=1).sum())
+        return {"loss": nats / tokens, "error": wrong / len(by_length)}
+
+
+def finetune(
+    model: Starting,
+    data: Pairs,
+    out: Path,
+    settings: Finetuning,
+    *,
+    valid: Pairs | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    restart: bool = False,
+    stop_after: int | None = None,
+    tell: Tell | None = None,
+    note: Callable[[str], None] | None = None,
+) -> dict[str, Any] | None:
+    """Train, write the directory `out` and return the figures of its weights; None if the run was interrupted.
+
+    Raises `InputError` for data that cannot be learnt, and as `RunFolder` and `write_checkpoint` do.
+    """
+    check_target(out)
+    where = take_device(device, threads)
+    train, held, cut = _examples(model, data, valid, settings)
+    if cut and note is not None:
+        note(f"{cut} prompts are longer than {settings.length} tokens and lose their beginning")
+    longest = max(len(example.ids) for example in (*train, *held))
+    plan = model.plan(longest)
+    base = {name: weight.to(where) for name, weight in model.weights(plan).items()}
+    lora = (
+        Lora(plan, base, settings.lora, settings.alpha or 2.0 * settings.lora, settings.seed) if settings.lora else None
+    )
+    if lora is None:
+        for weight in base.values():
+            weight.requires_grad_()
+    trained = base if lora is None else lora.weights
+    rate = settings.rate or (LORA_RATE if settings.lora else FULL_RATE)
+    steps_of_epoch = max(1, len(train) // min(settings.batch, len(train)))
+    steps = settings.epochs * steps_of_epoch
+    schedule = Schedule(steps=steps, schedule="cosine", warmup=min(steps - 1, steps // 20 + 1), floor=0.02)
+    rhythm = Rhythm(
+        log_every=max(1, min(10, steps_of_epoch // 4)),
+        validate_every=steps_of_epoch,
+        checkpoint_minutes=2.0,
+        patience=settings.patience or settings.epochs + 1,
+        judge="error" if data.labels else "loss",
+        stop_after=stop_after,
+    )
+    partial = out.absolute().with_name(f"{out.absolute().name}.partial")
+    identity = dataclasses.asdict(settings) | {"model": model.identity, "data": _digest(train), "valid": _digest(held)}
+    with RunFolder(partial, identity, restart=restart) as folder:
+        task = Completions(plan, lambda: base if lora is None else lora.merged(), train, held, settings, where)
+        optimizer = Optimizer(plan, trained, "adamw", rate, settings.weight_decay)
+        loop = Loop(task, trained, optimizer, schedule, folder, rhythm, tell)
+        if not loop.run():
+            return None
+        with torch.no_grad():
+            whole = base if lora is None else lora.merged()
+            figures = task.validate()
+        files = dict(model.files) | {TRAINING_LOG: (partial / LOG).read_bytes()}
+        write_checkpoint(out, plan, whole, model.config, files, dtype="float32")
+        report = {"examples": len(train), "validation": len(held), "steps": loop.step, **figures}
+        report["began_with"] = read_log(partial)[0]["valid_error"]
+    shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+def _examples(
+    model: Starting, data: Pairs, valid: Pairs | None, settings: Finetuning
+) -> tuple[list[Example], list[Example], int]:
+    tokenizer, end = model.tokenizer(), model.end_token()
+    if len(data.pairs) < 2:
+        raise InputError("at least two examples are needed", param="data")
+    train, cut = encode_pairs(data.pairs, tokenizer, end, settings.length)
+    if valid is not None:
+        held, more = encode_pairs(valid.pairs, tokenizer, end, settings.length)
+        return train, held, cut + more
+    kept, held_out = split(len(train), settings.valid_share, settings.seed)
+    return [train[i] for i in kept], [train[i] for i in held_out], cut
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    return hashlib.sha256(repr([(e.ids, e.learnt) for e in examples]).encode()).hexdigest()[:16]
