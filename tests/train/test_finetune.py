@@ -170,13 +170,3 @@ def test_flags_are_checked(
     told = capsys.readouterr().err
     assert message in told
     assert len(told.splitlines()) == 1
-
-
-def test_without_torch_one_line_says_what_to_install(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main(["finetune", "--data", str(data), "-o", str(tmp_path / "out")]) == 7
-    assert capsys.readouterr().err == "haomiao: haomiao finetune needs PyTorch: pip install 'haomiao[torch]'\n"

@@ -24,6 +24,7 @@ COMMANDS = {
     "tokenize": "text on standard input -> token ids",
     "detokenize": "token ids on standard input -> text",
     "compress": "quantize and prune a checkpoint into an artifact, its error measured",
+    "distill": "let a student learn from a teacher: recover what compression lost (needs PyTorch)",
     "finetune": "teach a model a task from examples (needs PyTorch)",
     "bench": "measure speed against this machine's ceilings",
     "eval": "measure perplexity, KL divergence and task accuracy of every operating point",

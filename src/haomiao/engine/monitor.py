@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from haomiao.engine.batch import Share
+from haomiao.engine.generation import Generation
 from haomiao.engine.random import uniform
 from haomiao.engine.replay import Replay
-from haomiao.engine.sequence import Generation, Sequence
+from haomiao.engine.sequence import Sequence
 from haomiao.engine.shadow import Shadow
 from haomiao.engine.state import BlockPool, PagedState
 from haomiao.errors import InputError

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +23,7 @@ from haomiao.compress.export.compressed_tensors import check_target
 from haomiao.errors import InputError
 from haomiao.models.plan import Plan
 from haomiao.train.devices import precise, take_device
-from haomiao.train.examples import IGNORED, Example, Pairs, batch_of, encode_pairs, padded, split
+from haomiao.train.examples import IGNORED, Example, Ids, Pairs, batch_of, encode_pairs, padded, split
 from haomiao.train.graph import Graph
 from haomiao.train.loop import LOG, Loop, Rhythm, Tell, read_log
 from haomiao.train.lora import Lora
@@ -75,15 +76,18 @@ class Completions:
     def backward(self, step: int) -> Tensor:
         """Mean loss in nats per token of the completions."""
         ids, targets = batch_of(self._train, self._settings.seed, step, self._settings.batch)
-        logits = self._logits(self._weights(), torch.from_numpy(ids))
-        wanted = torch.from_numpy(targets).to(self._device)
-        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
+        logits, wanted = self._compute(self._weights(), ids, targets)
+        loss = F.cross_entropy(logits, wanted)
         torch.autograd.backward(loss)
         return loss.detach()
 
-    def _logits(self, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    def _compute(self, weights: Mapping[str, Tensor], ids: Ids, targets: Ids) -> tuple[Tensor, Tensor]:
+        """Logits [places, vocab] where a prediction counts, and the tokens that are wanted there."""
+        wanted = torch.from_numpy(targets).to(self._device)
+        counts = wanted != IGNORED
         with precise(self._device, self._settings.precision):
-            return self._graph.logits(weights, ids.to(self._device)).float()
+            logits = self._graph.logits(weights, torch.from_numpy(ids).to(self._device), counts)
+        return logits.float(), wanted[counts]
 
     def validate(self) -> dict[str, float]:
         """`loss` in nats per token, and `error`: the share of completions that greedy decoding would get wrong."""
@@ -93,14 +97,11 @@ class Completions:
             weights = self._weights()
             for begin in range(0, len(by_length), self._settings.batch):
                 ids, targets = padded(by_length[begin : begin + self._settings.batch])
-                logits, wanted = (
-                    self._logits(weights, torch.from_numpy(ids)),
-                    torch.from_numpy(targets).to(self._device),
-                )
-                counts = wanted != IGNORED
-                loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
-                nats, tokens = nats + float(loss), tokens + int(counts.sum())
-                wrong += int(((logits.argmax(dim=-1) != wanted) & counts).any(dim=1).sum())
+                logits, wanted = self._compute(weights, ids, targets)
+                nats += float(F.cross_entropy(logits, wanted, reduction="sum"))
+                tokens += len(wanted)
+                rows = torch.from_numpy(np.nonzero(targets != IGNORED)[0]).to(self._device)
+                wrong += len(torch.unique(rows[logits.argmax(dim=-1) != wanted]))
         return {"loss": nats / tokens, "error": wrong / len(by_length)}
 
 

@@ -27,15 +27,17 @@ class Graph:
         self.plan = plan
         self._rotations: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = {}
 
-    def logits(self, weights: Weights, ids: Tensor) -> Tensor:
-        """Token ids int64 [sequences, tokens] -> logits [sequences, tokens, vocab]; row i predicts token i + 1."""
+    def logits(self, weights: Weights, ids: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Token ids int64 [sequences, tokens] -> logits [sequences, tokens, vocab]; row i predicts token i + 1. With
+        `wanted`, bool [sequences, tokens], the head is computed for those places alone: logits [places, vocab]."""
         *body, head = self.plan.ops
         if not isinstance(head, ops.Head):
             raise UnsupportedModelError(f"the plan of {self.plan.family} does not end with its head")
         buffers: dict[str, Tensor] = {}
         for op in body:
             self._apply(op, weights, buffers, ids)
-        y = _linear(buffers[head.source], weights, head.weight, head.bias)
+        hidden = buffers[head.source] if wanted is None else buffers[head.source][wanted]
+        y = _linear(hidden, weights, head.weight, head.bias)
         if head.scale != 1.0:
             y = y * head.scale
         return head.softcap * torch.tanh(y / head.softcap) if head.softcap else y
