@@ -12,7 +12,6 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -71,7 +70,6 @@ class Socket:
         self._limits = service.settings.limits
         self._feeder = Feeder(self)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._answering: set[Response] = set()  # counted as in flight
         self._started = time.monotonic()
         self._count = {"events": 0, "responses": 0, "errors": 0}
 
@@ -164,11 +162,10 @@ class Socket:
         seconds = round(time.monotonic() - self._started, 3)
         logs.event("realtime", id=self._websocket.scope["state"].get("request_id"), seconds=seconds, **self._count)
 
-    def _task(self, work: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+    def _task(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
-        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -266,8 +263,18 @@ class Socket:
 
     def computed(self, fed: Fed) -> None:
         """The engine has read so far."""
-        about = {"tokens": fed.tokens, "cached_tokens": fed.cached, "ms": fed.ms}
-        self._task(self.say("input_text_buffer.computed", haomiao=about))
+        self._task(
+            self._quietly(
+                self.say(
+                    "input_text_buffer.computed",
+                    haomiao={"tokens": fed.tokens, "cached_tokens": fed.cached, "ms": fed.ms},
+                )
+            )
+        )
+
+    async def _quietly(self, work: Any) -> None:
+        with contextlib.suppress(WebSocketDisconnect, HaomiaoError):
+            await work
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
@@ -288,9 +295,7 @@ class Socket:
         self.response = Response(self, self._feeder, fields, arrival_ns)
         self._count["responses"] += 1
         self.service.in_flight += 1
-        self._answering.add(self.response)
-        answering = self._task(self._answer(self.response))
-        answering.add_done_callback(partial(self._answered, self.response))  # a task may end before it began
+        self._task(self._quietly(self._answer(self.response)))
 
     async def _answer(self, response: Response) -> None:
         try:
@@ -302,12 +307,6 @@ class Socket:
             await self.fail(EngineError("internal error"))
             raise
         finally:
-            self._answered(response)
-
-    def _answered(self, response: Response, task: object = None) -> None:
-        """Nothing is in flight for it any more; idempotent."""
-        if response in self._answering:
-            self._answering.remove(response)
             self.release(response)
             self.service.done()
             self._feeder.poke()
