@@ -55,19 +55,22 @@ bool spin_until_changed(const std::atomic<uint32_t>& word, uint32_t seen, int64_
   return false;
 }
 
-void Barrier::wait() {
+int64_t Barrier::wait() {
   const uint32_t seen = generation_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
     arrived_.store(0, std::memory_order_relaxed);
     // Sequentially consistent with the sleeper's announcement: either it sees the new generation or we see it sleep.
     generation_.store(seen + 1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(generation_);
-    return;
+    return 0;
   }
-  if (spin_until_changed(generation_, seen, spin_ns_)) return;
+  if (spin_until_changed(generation_, seen, spin_ns_)) return 0;
+  using Clock = std::chrono::steady_clock;
+  const auto began = Clock::now();
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
   while (generation_.load(std::memory_order_seq_cst) == seen) futex_wait(generation_, seen);
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - began).count();
 }
 
 void Barrier::reset() {

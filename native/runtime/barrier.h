@@ -17,8 +17,9 @@ class Barrier {
  public:
   Barrier(int threads, int64_t spin_ns) : threads_(threads), spin_ns_(spin_ns) {}
 
-  // Returns when all threads have called it; what they wrote before is visible to all after.
-  void wait();
+  // Returns when all threads have called it; what they wrote before is visible to all after. Nanoseconds for which this
+  // thread slept, 0 if spinning was enough.
+  int64_t wait();
   // Forget threads that no longer exist (a forked child). Only while nobody waits.
   void reset();
 

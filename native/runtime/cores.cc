@@ -103,14 +103,16 @@ std::vector<int> choose_cores(int threads) {
   return cores;
 }
 
-bool pin_to(int core) {
+bool pin_to(const std::vector<int>& cores) {
 #if defined(__linux__)
   cpu_set_t set;
   CPU_ZERO(&set);
-  CPU_SET(core, &set);
+  for (const int core : cores) {
+    if (core >= 0 && core < CPU_SETSIZE) CPU_SET(core, &set);
+  }
   return sched_setaffinity(0, sizeof(set), &set) == 0;
 #else
-  (void)core;
+  (void)cores;
   return false;
 #endif
 }

@@ -16,7 +16,7 @@ double cpu_quota(const std::string& root = "");
 // one. Otherwise exactly as many, taking cores again when there are not enough.
 std::vector<int> choose_cores(int threads);
 
-// Bind the calling thread to one core; false where that is not possible.
-bool pin_to(int core);
+// Bind the calling thread to these cores; false where that is not possible.
+bool pin_to(const std::vector<int>& cores);
 
 }  // namespace haomiao

@@ -28,7 +28,7 @@ class PinnedScope {
   PinnedScope(bool pin, int core) {
 #if defined(__linux__)
     if (!pin || sched_getaffinity(0, sizeof(before_), &before_) != 0) return;
-    changed_ = !(CPU_COUNT(&before_) == 1 && CPU_ISSET(core, &before_)) && pin_to(core);
+    changed_ = !(CPU_COUNT(&before_) == 1 && CPU_ISSET(core, &before_)) && pin_to({core});
 #else
     (void)pin, (void)core;
 #endif
@@ -52,6 +52,7 @@ class PinnedScope {
 
 Pool::Pool(int threads, bool pin)
     : cores_(choose_cores(std::min(threads, kMostThreads))),
+      allowed_(allowed_cores()),
       pin_(pin),
       spin_ns_(spin_for(cores_)),
       barrier_(static_cast<int>(cores_.size()), spin_ns_),
@@ -77,7 +78,7 @@ void Pool::start_workers() {
 }
 
 void Pool::work(int thread) {
-  if (pin_) pin_to(cores_[static_cast<size_t>(thread)]);
+  bool pinned = false;
   uint32_t seen = 0;
   for (;;) {
     if (!spin_until_changed(job_number_, seen, spin_ns_)) {
@@ -87,8 +88,12 @@ void Pool::work(int thread) {
     }
     ++seen;
     if (stop_) return;
+    if (pinned != pinned_) {
+      pinned = pinned_;
+      pinned ? pin_to({cores_[static_cast<size_t>(thread)]}) : pin_to(allowed_);
+    }
     job_(context_, thread);
-    barrier_.wait();
+    barrier();
   }
 }
 
@@ -105,13 +110,16 @@ bool Pool::run(Job job, void* context) {
   }
   if (busy_.exchange(true, std::memory_order_acquire)) return false;
   {
-    const PinnedScope pinned(pin_ && threads() > 1, cores_[0]);
+    pinned_ = pin_ && threads() > 1 && loose_ == 0;
+    crowded_.store(false, std::memory_order_relaxed);
+    const PinnedScope pinned(pinned_, cores_[0]);
     job_ = job, context_ = context;
     job_number_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(job_number_);
     job(context, 0);
-    barrier_.wait();
+    barrier();
   }
+  loose_ = crowded_.load(std::memory_order_relaxed) ? kLooseJobs : std::max(0, loose_ - 1);
   busy_.store(false, std::memory_order_release);
   return true;
 }

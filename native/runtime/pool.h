@@ -2,7 +2,11 @@
 //
 // The caller is thread 0: it is pinned to the first core while a job runs and gets its own affinity back afterwards, so
 // that a user's Python thread stays free between steps. Between jobs the workers spin for at most 50 microseconds and
-// then sleep. With more threads than cores nobody spins. Knows nothing about plans.
+// then sleep. With more threads than cores nobody spins.
+//
+// A pinned thread cannot leave a core that another program holds, and everybody waits for it. So when a barrier has
+// been slept at for as long as a scheduler's slice, the next jobs run unpinned, and the system moves the thread to a
+// core that its mates leave idle while they sleep. Knows nothing about plans.
 #pragma once
 #include <atomic>
 #include <memory>
@@ -32,17 +36,25 @@ class Pool {
   bool run(Job job, void* context);
 
   // Inside a job: wait for all threads. What they wrote before is visible to all after.
-  void barrier() { barrier_.wait(); }
+  void barrier() {
+    if (barrier_.wait() >= kSliceNs) crowded_.store(true, std::memory_order_relaxed);
+  }
 
  private:
+  static constexpr int64_t kSliceNs = 1'000'000;  // shorter waits are differences in the work
+  static constexpr int kLooseJobs = 256;          // without a pin before it is tried again
+
   void start_workers();
   void work(int thread);
 
   std::vector<int> cores_;
+  const std::vector<int> allowed_;
   const bool pin_;
   const int64_t spin_ns_;
   Barrier barrier_;
-  std::atomic<bool> busy_{false};
+  std::atomic<bool> busy_{false}, crowded_{false};
+  int loose_ = 0;                                    // jobs to go without a pin
+  bool pinned_ = false;                              // whether this job's threads are
   alignas(64) std::atomic<uint32_t> job_number_{0};  // its change is the call to work
   std::atomic<int> sleepers_{0};
   Job job_ = nullptr;

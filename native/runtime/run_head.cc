@@ -19,32 +19,28 @@ void Runner::run(const LogitsPhase& phase, size_t index, int thread) {
   const Prepared prepared = prepare(source, w, rows, thread);
   const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
   std::fill(memory.best_at, memory.best_at + rows, kNone);
-  if (screening_) return screen(phase, prepared, thread);
-  const Share tiles = share_tiles(w, 0, 1, thread);
-  if (tiles.begin == tiles.end) return;
+  if (screening_) return screen(phase, prepared, index, thread);
   const Activation kind = activation_of(w);
-  const int stretch = stretch_of(w, rows);
-  for (int first = 0; first < rows; first += stretch) {
+  const int stretch = stretch_of(w, rows), stretches = (rows + stretch - 1) / stretch;
+  const auto work = [&](int pass, Share tiles) {
+    const int first = pass * stretch, last = std::min(rows, first + stretch);
     kernels_.linear->linear({&w, point_->head, kind,
                              prepared.activations + kernels_.linear->activation_bytes(kind, first, w.padded_cols),
-                             std::min(stretch, rows - first), tiles.begin, tiles.end, logits_ + int64_t{first} * vocab,
-                             vocab, vector(op.bias), memory.scratch});
-  }
-  const int begin = tiles.begin * kTileRows, count = std::min(tiles.end * kTileRows, vocab) - begin;
-  for (int r = 0; r < rows; ++r) {
-    float* logits = logits_ + int64_t{r} * vocab + begin;
-    if (op.scale != 1.0f || op.softcap > 0) kernels_.rowwise->scale_softcap(logits, count, op.scale, op.softcap);
-    const int32_t at = kernels_.rowwise->argmax(logits, count);
-    take_best(memory, r, logits[at], begin + at);
-  }
+                             last - first, tiles.begin, tiles.end, logits_ + int64_t{first} * vocab, vocab,
+                             vector(op.bias), memory.scratch});
+    const int begin = tiles.begin * kTileRows, count = std::min(tiles.end * kTileRows, vocab) - begin;
+    for (int r = first; r < last; ++r) {
+      float* logits = logits_ + int64_t{r} * vocab + begin;
+      if (op.scale != 1.0f || op.softcap > 0) kernels_.rowwise->scale_softcap(logits, count, op.scale, op.softcap);
+      const int32_t at = kernels_.rowwise->argmax(logits, count);
+      take_best(memory, r, logits[at], begin + at);
+    }
+  };
+  work_off(index, thread, w, 0, 1, kHeadTiles, stretches, work);
 }
 
-// Offered in ascending ids, so that the lowest among equals stays; a NaN gives way to any number.
 void Runner::take_best(const Thread& memory, int row, float value, int at) const {
-  float& best = memory.best[row];
-  if (memory.best_at[row] == kNone || value > best || (best != best && value == value)) {
-    best = value, memory.best_at[row] = at;
-  }
+  if (beats(value, at, memory.best[row], memory.best_at[row])) memory.best[row] = value, memory.best_at[row] = at;
 }
 
 // If one row is wanted whole, both planes are read anyway and the others ride along.
@@ -69,11 +65,11 @@ void Runner::end_screening() {
 
 // Bounds of all tiles; then both planes of the most promising tile of every thread, whose greatest logit is what the
 // others must reach; then the tiles that may reach it, divided anew.
-void Runner::screen(const LogitsPhase& phase, const Prepared& prepared, int thread) {
+void Runner::screen(const LogitsPhase& phase, const Prepared& prepared, size_t index, int thread) {
   const Weight& w = weight(phase.head.weight);
   const int rows = static_cast<int>(batch_.rows), tiles = tiles_of(w);
   const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
-  bound_tiles(phase, prepared, share(tiles, 1, thread), memory);
+  bound_tiles(phase, prepared, index, thread);
   pool_.barrier();
   float needed[kFewTokens];
   int64_t kept = 0;
@@ -98,8 +94,9 @@ void Runner::screen(const LogitsPhase& phase, const Prepared& prepared, int thre
   }
 }
 
-// upper_ for this thread's tiles, and reached: the greatest logit of the tile that looks best, per row.
-void Runner::bound_tiles(const LogitsPhase& phase, const Prepared& prepared, Share mine, const Thread& memory) {
+// upper_ for the tiles that this thread takes, and reached: the greatest logit of the one that looks best, per row.
+void Runner::bound_tiles(const LogitsPhase& phase, const Prepared& prepared, size_t index, int thread) {
+  const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
   const Weight& w = weight(phase.head.weight);
   const int rows = static_cast<int>(batch_.rows), tiles = tiles_of(w), groups = w.padded_cols / kGroup;
   float seen[kFewTokens];
@@ -111,8 +108,8 @@ void Runner::bound_tiles(const LogitsPhase& phase, const Prepared& prepared, Sha
     kernels_.linear->prepare(Activation::int8, x, 0, 1, 0, 1, w.cols, w.padded_cols,
                              memory.singles + static_cast<size_t>(r) * single_bytes_);
   }
-  for (int first = mine.begin; first < mine.end; first += kHeadTiles) {
-    const int last = std::min(mine.end, first + kHeadTiles), stride = kHeadTiles * kTileRows;
+  const auto work = [&](int, Share taken) {
+    const int first = taken.begin, last = taken.end, stride = kHeadTiles * kTileRows;
     kernels_.linear->linear({&w, Planes::hi, Activation::int8, prepared.activations, rows, first, last,
                              memory.tile - first * kTileRows, stride, nullptr, memory.scratch});
     for (int tile = first; tile < last; ++tile) {
@@ -125,7 +122,8 @@ void Runner::bound_tiles(const LogitsPhase& phase, const Prepared& prepared, Sha
         if (bound.seen > seen[r]) seen[r] = bound.seen, best[r] = tile;
       }
     }
-  }
+  };
+  work_off(index, thread, w, 0, 1, kHeadTiles, 1, work);
   for (int r = 0; r < rows; ++r) {
     if (best[r] == kNone) continue;
     multiply_head(phase.head, prepared, {r, r + 1}, {best[r], best[r] + 1}, false, memory);

@@ -45,6 +45,12 @@ int Runner::stretch_of(const Weight& weight, int rows) const {
   return std::max(kLeastStretch, fit * kActivationBlock);
 }
 
+// Tiles that a thread takes at once, in whole units.
+int Runner::chunk_of(const Weight& weight, int unit) const {
+  const int64_t bytes = weight.hi_tile_bytes + (point_->body == Planes::both ? weight.lo_tile_bytes : 0);
+  return static_cast<int>(std::max<int64_t>(1, kChunkBytes / (bytes * unit))) * unit;
+}
+
 void Runner::run(const LinearPhase& phase, size_t index, int thread) {
   const LinearOp& op = phase.linear;
   const Weight& w = weight(op.weight);
@@ -53,11 +59,11 @@ void Runner::run(const LinearPhase& phase, size_t index, int thread) {
   const int first_tile = index + 1 == last_attention_ ? skipped_tiles(phase) : 0;
   const RowSource source = {phase.normed_by == kNone ? op.source : phase.norm_source, phase.normed_by, nullptr};
   const uint8_t* activations = prepare(source, w, tokens, thread).activations;
-  const Share tiles = share_tiles(w, first_tile, phase.unit, thread);
   const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
   const Activation kind = activation_of(w);
-  const int stretch = stretch_of(w, tokens);
-  for (int first = 0; first < tokens && tiles.begin < tiles.end; first += stretch) {
+  const int stretch = stretch_of(w, tokens), stretches = (tokens + stretch - 1) / stretch;
+  const auto work = [&](int pass, Share tiles) {
+    const int first = pass * stretch;
     const LinearCall call = {&w,
                              point_->body,
                              kind,
@@ -70,7 +76,8 @@ void Runner::run(const LinearPhase& phase, size_t index, int thread) {
                              vector(op.bias),
                              memory.scratch};
     multiply(phase, call, first, memory);
-  }
+  };
+  work_off(index, thread, w, first_tile, phase.unit, chunk_of(w, phase.unit), stretches, work);
   if (first_tile > 0) multiply_queries(phase, share(first_tile, phase.unit, thread), thread);
 }
 

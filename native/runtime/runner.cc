@@ -52,6 +52,7 @@ Runner::Runner(Plan plan, const KernelTable& kernels, const RunnerOptions& optio
       options_(options),
       points_(std::move(points)),
       pool_(checked("threads", options.threads, 0, kMostThreads), options.pin),
+      claims_(pool_.threads()),
       phases_(lower(plan_, pool_.threads())),
       check_({plan_.vocab_size, checked("max_step_tokens", options.max_step_tokens, 1, kMostStepTokens),
               checked("kv_blocks", options.kv_blocks, 1, kMostKvBlocks), plan_.max_context}),
@@ -268,6 +269,7 @@ void Runner::begin_step(const PointSpec& point, const Batch& batch, float* logit
   plan_items();
   plan_screening();
   for (size_t i = 0; i < 2 * phases_.size(); ++i) next_[i].store(0, std::memory_order_relaxed);
+  for (int t = 0; t < pool_.threads(); ++t) claims_.open(0, t);
 }
 
 void Runner::run_job(void* runner, int thread) { static_cast<Runner*>(runner)->run_phases(thread); }
@@ -276,6 +278,7 @@ void Runner::run_phases(int thread) {
   const bool timed = profiling_ && thread == 0;
   int64_t before = timed ? now_ns() : 0;
   for (size_t i = 0; i < phases_.size(); ++i) {
+    claims_.open(i + 1, thread);
     std::visit([&](const auto& phase) { run(phase, i, thread); }, phases_[i].work);
     if (i + 1 < phases_.size() || profiling_) pool_.barrier();
     if (timed) {
@@ -286,16 +289,13 @@ void Runner::run_phases(int thread) {
   }
 }
 
-// Join the threads' shares, ascending, so that the lowest index among equals wins.
+// Join what the threads found.
 void Runner::choose_argmax(int32_t* argmax) const {
   for (int64_t r = 0; r < batch_.rows; ++r) {
     float best = 0;
     int32_t at = kNone;
     for (const Thread& thread : thread_memory_) {
-      if (thread.best_at[r] == kNone) continue;  // its share was empty
-      if (at == kNone || thread.best[r] > best || (best != best && thread.best[r] == thread.best[r])) {
-        best = thread.best[r], at = thread.best_at[r];
-      }
+      if (beats(thread.best[r], thread.best_at[r], best, at)) best = thread.best[r], at = thread.best_at[r];
     }
     argmax[r] = at;
   }

@@ -1,6 +1,7 @@
 // Runs a lowered plan: one call is one whole step over a batch. All memory is taken at load; a step allocates nothing,
 // takes no lock and, while its threads spin, makes no system call. Knows nothing about Python, files or scheduling.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <string>
@@ -8,10 +9,12 @@
 
 #include "kernels/table.h"
 #include "runtime/batch.h"
+#include "runtime/claims.h"
 #include "runtime/lower.h"
 #include "runtime/memory.h"
 #include "runtime/plan.h"
 #include "runtime/pool.h"
+#include "runtime/runner_limits.h"
 
 namespace haomiao {
 
@@ -124,15 +127,23 @@ class Runner {
   void multiply_queries(const LinearPhase& phase, Share tiles, int thread);
   Prepared prepare(const RowSource& source, const Weight& weight, int rows, int thread);
   int stretch_of(const Weight& weight, int rows) const;
+  int chunk_of(const Weight& weight, int unit) const;
   void multiply(const LinearPhase& phase, LinearCall call, int first_token, const Thread& memory);
   void finish(const LinearPhase& phase, int first_token, int tokens, int first_row, int rows, const float* y,
               int64_t stride);
   // run_head.cc
   void plan_screening();
   void end_screening();
+  // Numbers beat NaN, a greater one the smaller, the lower id its equals; kNone is beaten by all.
+  static bool beats(float value, int at, float best, int best_at) {
+    if (at == kNone || best_at == kNone) return at != kNone;
+    const bool none = value != value, had_none = best != best;
+    if (none != had_none) return had_none;
+    return none || value == best ? at < best_at : value > best;
+  }
   void take_best(const Thread& memory, int row, float value, int at) const;
-  void screen(const LogitsPhase& phase, const Prepared& prepared, int thread);
-  void bound_tiles(const LogitsPhase& phase, const Prepared& prepared, Share mine, const Thread& memory);
+  void screen(const LogitsPhase& phase, const Prepared& prepared, size_t index, int thread);
+  void bound_tiles(const LogitsPhase& phase, const Prepared& prepared, size_t index, int thread);
   void multiply_head(const HeadOp& op, const Prepared& prepared, Share rows, Share tiles, bool scaled,
                      const Thread& memory);
   void rescore(const HeadOp& op, const Prepared& prepared, Share rows, Share tiles, const Thread& memory);
@@ -163,6 +174,22 @@ class Runner {
   const int32_t* block_table(int sequence) const { return batch_.block_tables + sequence * batch_.table_columns; }
   Share share(int count, int unit, int thread) const;
   Share share_tiles(const Weight& weight, int first, int unit, int thread) const;
+  // work(pass, tiles) for every pass over every thread's share of the tiles from `first` on, counted from there,
+  // `chunk` tiles a piece, until nothing is left to take: this thread's own first, then those of the next ones.
+  template <typename Work>
+  void work_off(size_t phase, int thread, const Weight& weight, int first, int unit, int chunk, int passes,
+                const Work& work) {
+    const int threads = pool_.threads(), helped = std::min(threads, 1 + kMostHelped);
+    for (int k = 0; k < helped; ++k) {
+      const int owner = (thread + k) % threads;
+      const Share all = share_tiles(weight, first, unit, owner);
+      const int chunks = (all.end - all.begin + chunk - 1) / chunk;
+      for (int i; (i = claims_.take(phase, owner, chunks * passes, k > 0)) >= 0;) {
+        const int begin = all.begin + i % chunks * chunk;
+        work(i / chunks, Share{begin, std::min(all.end, begin + chunk)});
+      }
+    }
+  }
   // Rows that a phase works on, and whether they are the logit rows, moved to the first places.
   bool is_tail(size_t phase) const { return short_tail_ && phase > last_attention_; }
   int rows_of(size_t phase) const { return static_cast<int>(is_tail(phase) ? batch_.rows : batch_.tokens); }
@@ -181,6 +208,7 @@ class Runner {
   const RunnerOptions options_;
   const std::vector<PointSpec> points_;
   Pool pool_;
+  Claims claims_;
   const std::vector<Phase> phases_;
   BatchCheck check_;
   int max_tokens_, tile_tokens_ = 1, least_kv_heads_ = 1, most_kv_heads_ = 1;

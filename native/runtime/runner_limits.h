@@ -27,6 +27,11 @@ inline constexpr int kHeadTiles = 8;
 inline constexpr double kMostKept = 0.25;
 inline constexpr int kMostUnscreened = 64;
 
+// A linear layer's weights that a thread takes at once, about: long enough to be read at the memory's speed.
+inline constexpr int64_t kChunkBytes = 64 << 10;
+// How many other threads one looks at for work that is left. More would help, and cost a cache line each.
+inline constexpr int kMostHelped = 4;
+
 inline int tiles_of(const Weight& w) { return (w.rows + kTileRows - 1) / kTileRows; }
 
 }  // namespace haomiao

@@ -1,5 +1,6 @@
 // The pool and its barrier: every thread runs every job once, phases do not overlap, more threads than cores progress,
-// a forked child works, affinity is given back.
+// a forked child works, affinity is given back, threads let go of their cores where one is long waited for; every piece
+// of a phase is claimed once.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "runtime/claims.h"
 #include "runtime/cores.h"
 #include "runtime/pool.h"
 
@@ -83,6 +85,72 @@ void test_affinity_is_given_back() {
   CHECK(haomiao::allowed_cores() == before);
 }
 
+struct Late {
+  Pool* pool;
+  bool late;
+  std::vector<size_t> cores;  // [thread] that it might run on
+};
+
+void come_late(void* context, int thread) {
+  Late& job = *static_cast<Late*>(context);
+  job.cores[static_cast<size_t>(thread)] = haomiao::allowed_cores().size();
+  if (job.late && thread == 1) usleep(20000);
+  job.pool->barrier();
+}
+
+void test_threads_let_go_of_their_cores() {
+  const std::vector<int> before = haomiao::allowed_cores();
+  if (before.size() < 2) return;
+  Pool pool(2);
+  Late job = {&pool, true, std::vector<size_t>(2)};
+  CHECK(pool.run(come_late, &job));
+  CHECK(job.cores[0] == 1 && job.cores[1] == 1);
+  CHECK(pool.run(come_late, &job));
+  CHECK(job.cores[0] == before.size() && job.cores[1] == before.size());
+  job.late = false;
+  bool pinned = false;  // again, later; a busy machine may be late by itself
+  for (int i = 0; i < 10000 && !pinned; ++i) {
+    CHECK(pool.run(come_late, &job));
+    pinned = job.cores[0] == 1 && job.cores[1] == 1;
+  }
+  CHECK(pinned);
+  CHECK(haomiao::allowed_cores() == before);
+}
+
+struct Pieces {
+  static constexpr int kPhases = 40, kCount = 23;
+  Pool* pool;
+  haomiao::Claims claims;
+  std::vector<int64_t> done;  // [phase][owner][piece] how often; plain memory, as above
+};
+
+// As the runner does: the next phase's list is opened while this one runs.
+void claim_all(void* context, int thread) {
+  Pieces& p = *static_cast<Pieces*>(context);
+  const int threads = p.pool->threads();
+  for (int phase = 0; phase < Pieces::kPhases; ++phase) {
+    p.claims.open(static_cast<size_t>(phase) + 1, thread);
+    for (int k = 0; k < threads; ++k) {
+      const int owner = (thread + k) % threads;
+      for (int i; (i = p.claims.take(static_cast<size_t>(phase), owner, Pieces::kCount, k > 0)) >= 0;) {
+        ++p.done[static_cast<size_t>((phase * threads + owner) * Pieces::kCount + i)];
+        if (thread == 0 && i % 7 == 0) usleep(1);
+      }
+    }
+    p.pool->barrier();
+  }
+}
+
+void test_pieces_are_claimed_once() {
+  for (const int threads : {1, 2, 3, 5}) {
+    Pool pool(threads);
+    Pieces p = {&pool, haomiao::Claims(threads),
+                std::vector<int64_t>(static_cast<size_t>(Pieces::kPhases * threads * Pieces::kCount))};
+    CHECK(pool.run(claim_all, &p));
+    for (const int64_t times : p.done) CHECK(times == 1);
+  }
+}
+
 #if !defined(__SANITIZE_THREAD__)  // ThreadSanitizer does not follow threads that are started after a fork
 void test_fork() {
   Pool pool(3);
@@ -131,6 +199,8 @@ int main() {
   test_default_threads();
   test_busy_is_refused();
   test_affinity_is_given_back();
+  test_threads_let_go_of_their_cores();
+  test_pieces_are_claimed_once();
 #if !defined(__SANITIZE_THREAD__)
   test_fork();
 #endif

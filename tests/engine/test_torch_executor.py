@@ -126,6 +126,11 @@ def test_copied_blocks_are_real(artifacts: dict[str, Artifact]) -> None:
     fork = Sequence1(executor, "int8", [10, 11, 12])
     fork.past = 40
     np.testing.assert_array_equal(fork.feed(TOKENS[40:44]), sequence.feed(TOKENS[40:44]))
+    executor.copy_blocks(np.array([[10, 20], [20, 21], [3, 20]], np.int32))  # in order, though it is a chain
+    executor.copy_blocks(np.zeros((0, 2), np.int32))
+    chained = Sequence1(executor, "int8", [21, 4, 5])
+    chained.past = 44
+    np.testing.assert_array_equal(chained.feed(TOKENS[44:45]), sequence.feed(TOKENS[44:45]))
     for pairs in ([[0, 24]], [[-1, 0]], [[0, 1, 2]]):
         with pytest.raises(InputError):
             executor.copy_blocks(np.array(pairs, np.int32))

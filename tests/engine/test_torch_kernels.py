@@ -323,3 +323,20 @@ def test_fast_kernels_need_the_interpreter_on_a_cpu(tmp_path: Path, monkeypatch:
         plan = plan_for(artifact.meta["config"])
         with pytest.raises(InputError, match="interpreter"):
             TorchExecutor(plan, artifact.tensors, artifact.vectors, points=("full",), fast=True)
+
+
+def test_everything_is_made_ready_ahead(tmp_path: Path, large_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every point, number of tokens and context once; what padding writes is read by nobody."""
+    monkeypatch.setattr(fast, "BUCKETS", (1, 2))
+    case = next(case for case in CASES if case.name == "llama-gqa-tied")
+    with make_artifact(case, tmp_path, "nested") as artifact:
+        plan = plan_for({**artifact.meta["config"], "max_position_embeddings": 1500, "num_hidden_layers": 1})
+        executor = TorchExecutor(
+            plan, artifact.tensors, artifact.vectors, points=("int8", "int4"), kv_blocks=3, fast=True
+        )
+        runner = executor._fast
+        assert runner is not None and runner.contexts == (1024, 1504)
+        runner.prepare((1, 2), (1,))
+        assert sorted(runner._launches) == [("int4", 1, 1024), ("int4", 2, 1024), ("int8", 1, 1024), ("int8", 2, 1024)]
+        (layer,) = executor._open().memory
+        assert layer.k[3, :, 0].abs().sum() > 0 and layer.k[:3].abs().sum() == 0

@@ -180,14 +180,15 @@ def check_batch(batch: StepBatch, executor: Any) -> None:
     sequences = starts.size - 1
     if batch.past.shape != (sequences,) or batch.block_tables.shape[:1] != (sequences,) or (batch.past < 0).any():
         raise InputError("past and block_tables must have a row for every span")
-    for index in range(sequences):
-        length = int(batch.past[index] + starts[index + 1] - starts[index])
-        if length > executor.plan.max_context:
-            raise InputError(f"span {index} reaches position {length}, the context is {executor.plan.max_context}")
-        needed = -(-length // KV_BLOCK_TOKENS)
-        table = batch.block_tables[index, :needed]
-        if table.size < needed or table.min() < 0 or table.max() >= executor.kv_blocks:
-            raise InputError(f"the block table of span {index} does not cover its positions")
+    lengths = batch.past.astype(np.int64) + np.diff(starts)
+    if lengths.max() > executor.plan.max_context:
+        index = int(lengths.argmax())
+        raise InputError(f"span {index} reaches position {lengths[index]}, the context is {executor.plan.max_context}")
+    needed, tables = -(-lengths // KV_BLOCK_TOKENS), batch.block_tables
+    used = np.arange(tables.shape[1]) < needed[:, None]
+    wrong = (used & ((tables < 0) | (tables >= executor.kv_blocks))).any(axis=1) | (needed > tables.shape[1])
+    if wrong.any():
+        raise InputError(f"the block table of span {int(wrong.argmax())} does not cover its positions")
     rows = batch.logit_rows
     if rows.size and (rows.min() < 0 or rows.max() >= tokens or (np.diff(rows) < 1).any()):
         raise InputError("logit_rows must ascend within the step's tokens")

@@ -262,15 +262,16 @@ def attend(out: Tensor, q: Tensor, memory: LayerMemory, queries: Queries, shape:
         rows = out.shape[0] * shape.heads * queries.splits
         sums = torch.empty(rows, shape.head_dim, device=out.device)
         peaks = torch.empty(rows, 2, device=out.device)
-    width = power(shape.head_dim, 16)
+    width, kind = power(shape.head_dim, 16), KV_KINDS[memory.k.dtype]
     attention.attend[(queries.starts.shape[0], shape.kv_heads, queries.splits)](
         out, sums, peaks, q, memory.k, memory.v, memory.k if memory.k_scales is None else memory.k_scales,
         memory.v if memory.v_scales is None else memory.v_scales, queries.positions, queries.tables, queries.owners,
         queries.starts, queries.counts, queries.tables.shape[1], queries.splits,
         shape.scale, shape.window, shape.softcap,
         HEADS=shape.heads, KV_HEADS=shape.kv_heads, HEAD_DIM=shape.head_dim, D=width,
-        ROWS=power(queries.most * (shape.heads // shape.kv_heads), 16), KEYS=BLOCKS.keys, SPLIT=split,
-        WINDOW=shape.window > 0, CAP=shape.softcap != 0, KV=KV_KINDS[memory.k.dtype], num_warps=BLOCKS.attend_warps,
+        ROWS=power(queries.most * (shape.heads // shape.kv_heads), 16), KEYS=32 if kind == 0 else BLOCKS.keys,
+        SPLIT=split, WINDOW=shape.window > 0, CAP=shape.softcap != 0, KV=kind,
+        num_warps=8 if kind == 0 else BLOCKS.attend_warps,  # f32 has no tensor cores: fewer numbers a thread
     )  # fmt: skip
     if split:
         attention.merge[(out.shape[0], shape.heads)](

@@ -47,11 +47,14 @@ class DeviceModel:
         return total + sum(int(4 * v.numel()) for v in self.vectors.values())
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy blocks of every layer, in order."""
-        for source, target in pairs:
+        """Copy blocks of every layer, as if in order: at once where no block is written and read, or written twice."""
+        sources, targets = ([pair[side] for pair in pairs] for side in (0, 1))
+        apart = len({*sources} | {*targets}) == len({*sources}) + len(targets)
+        for some in [pairs] if apart and pairs else [[pair] for pair in pairs]:
+            read, written = (torch.tensor([pair[side] for pair in some], device=self.device) for side in (0, 1))
             for layer in self.memory:
                 for storage in layer.parts:
-                    storage[target].copy_(storage[source])
+                    storage[written] = storage[read]
 
 
 def load(
