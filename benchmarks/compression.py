@@ -3,14 +3,15 @@
     python benchmarks/compression.py table CHECKPOINT --text english.txt --text chinese.txt --out RESULTS.jsonl
     python benchmarks/compression.py times CHECKPOINT --keep FOLDER --out RESULTS.jsonl
     python benchmarks/compression.py report --out RESULTS.jsonl --svg front.svg
-    python benchmarks/compression.py memory [--shape 1b] [--samples 2]
+    python benchmarks/compression.py memory CHECKPOINT [--samples 2]
 
 `table`: every way is calibrated on the package's default text and measured on --text, which is not in it: KL from the
 original weights, top-1 agreement, perplexity, each with half of a 95 % interval, bytes of weights that a decode step
 reads. A line is added to --out after every way; ways that have one are skipped, so that a run goes on where it was.
 --jobs ways run at once, one thread each: their accuracy does not depend on it. `times` decodes with the artifacts that
 `table --keep` left, in turns, and needs a quiet machine. `report` prints the table and draws the front. `memory`
-compresses random weights of a real shape and prints the greatest memory of the process over the mapped checkpoint.
+compresses any checkpoint (make_model.py writes random ones of real shapes) on random ids and prints the greatest memory
+of the process: `anonymous` is what it takes over the mapped checkpoint.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def run_table(args: argparse.Namespace) -> None:
     names = [name for name in args.only or WAYS if name not in records]
     if not records:
         about = {"texts": [path.name for path in args.text], "tokens_of_each": args.tokens, "window": WINDOW}
-        about |= {"checkpoint": Path(args.checkpoint).name, "samples": args.samples, "length": args.length}
+        about |= {"checkpoint": args.name or Path(args.checkpoint).name, "samples": args.samples, "length": args.length}
         append(args.out, {"about": about})
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of the processes to come
     context = multiprocessing.get_context("spawn")
@@ -192,41 +193,27 @@ def run_report(args: argparse.Namespace) -> None:
     about, records, times = read_lines(args.out)
     print(table(records, times, args.language))
     if args.svg:
-        title = f"{about.get('checkpoint', '')} compressed: error over bytes"
+        title = f"{about.get('checkpoint', '')}: error over bytes"
         args.svg.write_text(draw(records, title), encoding="utf-8")
 
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
-}
-REST = {
-    "1b": {"num_key_value_heads": 8, "vocab_size": 128256},
-    "0.5b": {"num_key_value_heads": 2, "vocab_size": 151936},
-}
-
-
 def run_memory(args: argparse.Namespace) -> None:
-    """Compress random weights of a real shape in a process of its own and watch its memory."""
-    folder = Path(args.folder or tempfile.mkdtemp(prefix="haomiao-memory-"))
+    """Compress a checkpoint on random ids in a process of its own and watch its memory."""
+    folder = Path(tempfile.mkdtemp(prefix="haomiao-memory-", dir=args.folder))
+    most = {"resident": 0, "anonymous": 0}
     try:
-        checkpoint = folder / "checkpoint"
-        if not checkpoint.is_dir():
-            write_checkpoint(checkpoint, SHAPES[args.shape] | REST[args.shape], args.layers)
         context = multiprocessing.get_context("spawn")
         parent, child = context.Pipe()
-        process = context.Process(target=compress_random, args=(str(checkpoint), str(folder / "out"), args, child))
+        process = context.Process(target=compress_random, args=(folder / "out", args, child))
         process.start()
-        most = {"resident": 0, "anonymous": 0}
         while not parent.poll(0.2) and process.is_alive():
             for key, value in memory_of(process.pid).items():
                 most[key] = max(most[key], value)
         seconds = parent.recv() if parent.poll() else None
         process.join()
     finally:
-        if not args.folder:
-            shutil.rmtree(folder, ignore_errors=True)
-    record = {"shape": args.shape, "layers": args.layers, "samples": args.samples, "length": args.length}
+        shutil.rmtree(folder, ignore_errors=True)
+    record = {"checkpoint": Path(args.checkpoint).name, "samples": args.samples, "length": args.length}
     print(json.dumps(record | {"seconds": seconds, **{f"{k}_gb": round(v / 1e9, 3) for k, v in most.items()}}))
 
 
@@ -240,33 +227,7 @@ def memory_of(pid: int | None) -> dict[str, int]:
     return {"resident": found.get("VmRSS", 0), "anonymous": found.get("RssAnon", 0)}
 
 
-def write_checkpoint(path: Path, sizes: dict[str, Any], layers: int | None) -> None:
-    """A Llama checkpoint in bf16 with random weights, a shard a layer."""
-    import ml_dtypes
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    from haomiao.models.registry import plan_for
-
-    config = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
-    config |= {"max_position_embeddings": 4096, "rope_theta": 500000.0, "architectures": ["LlamaForCausalLM"], **sizes}
-    config |= {"num_hidden_layers": layers} if layers else {}
-    path.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    index: dict[str, str] = {}
-    for number, spec in enumerate(plan_for(config).weights.values()):
-        tensors = {}
-        for name, shape in zip(spec.sources, spec.shapes, strict=True):
-            values = np.ones(shape, np.float32) if spec.kind == "vector" else rng.standard_normal(shape, np.float32)
-            scale = 1.0 if spec.kind == "vector" else 0.7 / np.sqrt(shape[-1])
-            tensors[name] = (values * np.float32(scale)).astype(ml_dtypes.bfloat16)
-            index[name] = f"model-{number:05d}.safetensors"
-        save_file(tensors, path / f"model-{number:05d}.safetensors")
-    (path / "config.json").write_text(json.dumps(config))
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-
-
-def compress_random(checkpoint: str, out: str, args: argparse.Namespace, pipe: Any) -> None:
+def compress_random(out: Path, args: argparse.Namespace, pipe: Any) -> None:
     """In a process of its own: GPTQ on random ids, and how long it took."""
     import numpy as np
 
@@ -275,7 +236,7 @@ def compress_random(checkpoint: str, out: str, args: argparse.Namespace, pipe: A
     from haomiao.compress.text import Samples
     from haomiao.load.source import open_source
 
-    source = open_source(checkpoint)
+    source = open_source(args.checkpoint)
     ids = np.random.default_rng(1).integers(0, source.config["vocab_size"], (args.samples + 1, args.length))
     samples = Samples(ids[:-1].astype(np.int32), ids[-1:].astype(np.int32), [])
     recipe = recipe_of({"prune": args.prune} if args.prune else {})
@@ -287,9 +248,7 @@ def compress_random(checkpoint: str, out: str, args: argparse.Namespace, pipe: A
             last[0] = time.monotonic()
             print(f"{last[0] - began:6.0f} s, {100 * done / max(total, 1):5.1f} %: {what}", flush=True)
 
-    compress(
-        source, Path(out), recipe, samples=samples, threads=args.threads, restart=True, overwrite=True, progress=tell
-    )
+    compress(source, out, recipe, samples=samples, threads=args.threads, restart=True, overwrite=True, progress=tell)
     pipe.send(round(time.monotonic() - began, 1))
 
 
@@ -299,8 +258,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("table", "times", "report", "memory"):
         command = commands.add_parser(name)
-        if name in ("table", "times"):
+        if name != "report":
             command.add_argument("checkpoint")
+        if name in ("table", "times"):
             command.add_argument("--only", action="append", choices=list(WAYS), help="these ways; repeatable")
             command.add_argument("--keep", type=Path, required=name == "times", help="folder for the artifacts")
         if name != "memory":
@@ -313,18 +273,19 @@ def main() -> None:
             command.add_argument("--samples", type=int, default=64)
             command.add_argument("--length", type=int, default=256)
             command.add_argument("--jobs", type=int, default=2)
+            command.add_argument("--name", help="of the model, for the report (default: the folder's)")
         if name == "times":
             command.add_argument("--repeat", type=int, default=5)
         if name == "report":
             command.add_argument("--svg", type=Path)
             command.add_argument("--language", choices=("en", "zh"), default="en")
         if name == "memory":
-            command.add_argument("--shape", choices=list(SHAPES), default="1b")
-            command.add_argument("--layers", type=int, default=None, help="fewer than the shape has")
             command.add_argument("--samples", type=int, default=2)
             command.add_argument("--length", type=int, default=512)
             command.add_argument("--prune", action="append", help="as haomiao compress has it")
-            command.add_argument("--folder", help="keep checkpoint and artifact here")
+            command.add_argument(
+                "--folder", help="where the artifact and the activations go (default: the temporary folder)"
+            )
     args = parser.parse_args()
     {"table": run_table, "times": run_times, "report": run_report, "memory": run_memory}[args.command](args)
 

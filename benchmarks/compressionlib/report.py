@@ -25,6 +25,41 @@ HEADS = {
 }
 
 
+WORDS = {
+    "rounded to nearest": "按最近值舍入",
+    "then to nearest": "再按最近值舍入",
+    "without a second plane": "没有第二平面",
+    "static order": "静态次序",
+    "natural order": "自然次序",
+    "made up for": "有补偿",
+    "cut first, then GPTQ": "先剪，再 GPTQ",
+    "then GPTQ": "再 GPTQ",
+    "(stored as 4)": "（按 4 比特存放）",
+    "3 bits": "3 比特",
+    " and ": " 加 ",
+    "group": "组",
+    "rotated": "旋转",
+    "structured": "结构化",
+    "neurons": "神经元",
+    "KV groups": "KV 组",
+    "layers": "层",
+    "tiles": "分块",
+    "magnitude": "幅度",
+    "joint": "联合",
+    "uniform": "均匀",
+    ", ": "，",
+}
+"""What titles say in Chinese; longer words first."""
+
+
+def title(name: str, language: str) -> str:
+    """Of a way."""
+    text = WAYS[name].title
+    for english, chinese in WORDS.items() if language == "zh" else ():
+        text = text.replace(english, chinese)
+    return text
+
+
 def rows(records: dict[str, dict[str, Any]], times: dict[str, dict[str, float]]) -> list[tuple[str, str, Any, Any]]:
     """(way, point, figures, ms a token) in the order of `WAYS`."""
     found = []
@@ -41,8 +76,9 @@ def table(records: dict[str, dict[str, Any]], times: dict[str, dict[str, float]]
     for name, point, f, ms in rows(records, times):
         speed = "" if ms is None else f"{ms:.2f}"
         mark = "**" if (name, point) in front(records) else ""
+        words = f"{mark}{title(name, language)}{mark}"
         lines.append(
-            f"| {mark}{WAYS[name].title}{mark} | {point} | {f['kl_mean']:.5f} ± {f['kl_pm']:.5f} | {f['kl_p99']:.3f} | "
+            f"| {words} | {point} | {f['kl_mean']:.5f} ± {f['kl_pm']:.5f} | {f['kl_p99']:.3f} | "
             f"{100 * f['top1']:.1f} % | {f['perplexity']:.1f} | {f['bytes'] / 1e6:.2f} | {speed} |"
         )
     return "\n".join(lines)
@@ -60,7 +96,7 @@ def front(records: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     return out[::-1]
 
 
-def draw(records: dict[str, dict[str, Any]], title: str) -> str:
+def draw(records: dict[str, dict[str, Any]], heading: str) -> str:
     """KL (log) over megabytes that a step reads."""
     found = [(f["bytes"] / 1e6, max(f["kl_mean"], 1e-5), name, point) for name, point, f, _ in rows(records, {})]
     first, last = (edge(x for x, *_ in found) for edge in (min, max))
@@ -87,14 +123,15 @@ def draw(records: dict[str, dict[str, Any]], title: str) -> str:
     parts.append(f'<polyline class="front" points="{path}"/>')
     for key, (x, y) in places.items():
         kind = "on" if key in best else "off"
-        name = f"{WAYS[key[0]].title} ({key[1]})"
+        name = f"{title(key[0], 'en')} ({key[1]})"
         parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(name)}</title></circle>')
         if key in best:
-            parts.append(f'<text class="small" x="{x + 6:.1f}" y="{y - 6:.1f}">{escape(WAYS[key[0]].title)}</text>')
+            parts.append(f'<text class="small" x="{x + 6:.1f}" y="{y - 6:.1f}">{escape(title(key[0], "en"))}</text>')
     bottom = HEIGHT - BOTTOM
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'role="img"><title>{escape(title)}</title><style>{STYLE}</style><text x="{LEFT}" y="18">{escape(title)}</text>'
+        f'role="img"><title>{escape(heading)}</title><style>{STYLE}</style>'
+        f'<text x="{LEFT}" y="18">{escape(heading)}</text>'
         f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>{"".join(parts)}'
         f'<text class="small" x="{WIDTH / 2:.0f}" y="{HEIGHT - 10}" text-anchor="middle">megabytes of weights a step '
         "reads; up: KL from the original, nats a token (log)</text></svg>\n"

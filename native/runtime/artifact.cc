@@ -195,24 +195,24 @@ const ArtifactSection* find(const std::vector<const ArtifactSection*>& known, st
   return at != known.end() && (*at)->name == name && (*at)->plane == 0 ? *at : nullptr;
 }
 
-// Matrices have the size that their tile masks leave them, and every mask has a matrix.
+// Every tile mask has a matrix, and matrices have the size that their masks leave them.
 std::string check_masks(const std::vector<const ArtifactSection*>& known) {
+  const auto is = [](const ArtifactSection* s, SectionKind kind) { return s->kind == static_cast<uint32_t>(kind); };
+  for (const ArtifactSection* s : known) {
+    if (!is(s, SectionKind::tile_mask)) continue;
+    const size_t length = s->name.size() - std::min(s->name.size(), kMaskSuffix.size());
+    const bool named = s->name.substr(length) == kMaskSuffix;
+    const ArtifactSection* matrix = named ? find(known, s->name.substr(0, length)) : nullptr;
+    if (!matrix || !is(matrix, SectionKind::matrix) || !same_shape(*s, *matrix))
+      return "section " + quoted(s->name) + " is a tile mask of no matrix that is here";
+  }
   std::string name;
   for (const ArtifactSection* s : known) {
-    const auto kind = static_cast<SectionKind>(s->kind);
-    if (kind == SectionKind::tile_mask) {
-      const size_t length = s->name.size() - std::min(s->name.size(), kMaskSuffix.size());
-      const ArtifactSection* matrix =
-          s->name.substr(length) == kMaskSuffix ? find(known, s->name.substr(0, length)) : nullptr;
-      if (!matrix || static_cast<SectionKind>(matrix->kind) != SectionKind::matrix || !same_shape(*s, *matrix))
-        return "section " + quoted(s->name) + " is a tile mask of no matrix that is here";
-    } else if (kind == SectionKind::matrix) {
-      name.assign(s->name).append(kMaskSuffix);
-      const ArtifactSection* mask = find(known, name);
-      if (mask && static_cast<SectionKind>(mask->kind) != SectionKind::tile_mask) mask = nullptr;
-      if (mask && !same_shape(*s, *mask)) return "section " + quoted(s->name) + " contradicts its tile mask";
-      if (!check_size(*s, mask)) return "section " + quoted(s->name) + ": body size contradicts rows and columns";
-    }
+    if (!is(s, SectionKind::matrix)) continue;
+    name.assign(s->name).append(kMaskSuffix);
+    const ArtifactSection* mask = find(known, name);
+    if (!check_size(*s, mask && is(mask, SectionKind::tile_mask) ? mask : nullptr))
+      return "section " + quoted(s->name) + ": body size contradicts rows and columns";
   }
   return {};
 }

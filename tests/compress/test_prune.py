@@ -26,6 +26,7 @@ from haomiao.compress.prune.masks import (
 from haomiao.compress.prune.sparse import sparsify
 from haomiao.compress.quantize.gptq import gptq
 from haomiao.compress.recipe import parse_prune, recipe_of
+from haomiao.errors import InputError
 from haomiao.kernels.pack import unpack
 from haomiao.kernels.rtn import quantize_planes
 from tests.compress.straightforward import error_of, problem, surgeon
@@ -150,11 +151,13 @@ def test_compensation_of_tiles_is_the_optimum(seed: int, share: float) -> None:
 
 
 def test_layers_with_outliers_lose_less_and_the_mean_stays() -> None:
-    shares = owl_shares({"a": 0.01, "b": 0.03, "c": 0.05}, 0.7)
-    assert shares["a"] > shares["b"] > shares["c"]
-    assert np.mean(list(shares.values())) == pytest.approx(0.7)
+    outliers = {"layers.0.a": 0.01, "layers.1.a": 0.03, "layers.2.a": 0.06, "layers.2.b": 0.03}
+    shares = owl_shares(outliers, dict.fromkeys(outliers, 1) | {"layers.2.b": 2}, 0.7)
+    assert shares["layers.0.a"] > shares["layers.1.a"] > shares["layers.2.a"] == shares["layers.2.b"]
+    assert np.average(list(shares.values()), weights=[1, 1, 1, 2]) == pytest.approx(0.7)
     assert max(shares.values()) - min(shares.values()) == pytest.approx(0.16)
-    assert owl_shares({"a": 0.1, "b": 0.1}, 0.5) == {"a": 0.5, "b": 0.5}
+    alike = {"layers.0.a": 0.1, "layers.1.a": 0.1}
+    assert owl_shares(alike, dict.fromkeys(alike, 3), 0.5) == dict.fromkeys(alike, 0.5)
     weights, hessian = problem(32, 64, 1)
     quiet = outlier_share(weights, hessian)
     weights[:, ::16] *= 50
@@ -184,3 +187,21 @@ def test_a_pruned_model_says_how_much_is_gone(recipe: dict[str, Any], tmp_path: 
     if "allocation" in recipe:
         survey = next(line for line in meta["log"] if "shares" in line)
         assert set(survey["shares"]) == {line["weight"] for line in layers}
+
+
+@pytest.mark.parametrize("prune", ["tile:0.3", "sparsegpt:0.5", "wanda:0.5"])
+def test_joint_is_better_than_pruning_first(prune: str) -> None:
+    weights, hessian = problem(96, 128, 4)
+    joint, log = solve_layer(weights, hessian, recipe_of({"prune": prune}), "w")
+    apart, other = solve_layer(weights, hessian, recipe_of({"prune": prune, "joint": False}), "w")
+    assert log["zeros"] == pytest.approx(other["zeros"], abs=0.05)
+    assert log["error"] < other["error"]
+    for packed, line in ((joint, log), (apart, other)):
+        assert line["error"] == pytest.approx(error_of(weights - unpack(packed, "hi"), hessian).sum(), rel=2e-3)
+    rounded, _ = solve_layer(weights, hessian, recipe_of({"prune": prune, "joint": False, "method": "rtn"}), "w")
+    assert np.mean(unpack(rounded, "hi") == 0) >= 0.29
+
+
+def test_joint_false_needs_a_mask() -> None:
+    with pytest.raises(InputError, match="joint: false needs"):
+        recipe_of({"joint": False, "prune": "neurons:0.3"})

@@ -111,7 +111,7 @@ def test_a_rare_stall_is_charged_once_to_a_long_run() -> None:
             bound, actual = expected * cost.margin(expected), 0.0
         actual += took
         cost.observe(shape, took)
-    assert cost.bound(shape) <= 1.3 * usual
+    assert (cost.bound(shape) or 0) <= 1.3 * usual
     assert 20 * MS <= bound - expected <= 80 * MS
     assert inside / runs >= 0.95 and runs == 99
 

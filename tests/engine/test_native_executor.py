@@ -222,13 +222,14 @@ def test_sequences_may_branch_off_within_a_step(kv: Any, past: int, new: int, si
     blocks = blocks_for(size)
     if past:
         executor.step(make_batch([Span(prompt[:past], 0, blocks)], "int4"))
-    spans, copies, free, full = [Span(prompt[past:], past, blocks)], [], 8, size // KV_BLOCK_TOKENS
+    spans, free, full = [Span(prompt[past:], past, blocks)], 8, size // KV_BLOCK_TOKENS
+    copies: list[tuple[int, int]] = []
     for each in branches:
         own = np.arange(free, free + -(-(size + len(each)) // KV_BLOCK_TOKENS) - full, dtype=np.int32)
         free += len(own)
         if size % KV_BLOCK_TOKENS:
             executor.copy_blocks(np.array([[blocks[-1], own[0]]], np.int32))
-            copies += [(i - past, own[0]) for i in range(max(past, full * KV_BLOCK_TOKENS), size)]
+            copies += [(i - past, int(own[0])) for i in range(max(past, full * KV_BLOCK_TOKENS), size)]
         spans.append(Span(each, size, np.concatenate([blocks[:full], own])))
     batch = make_batch(spans, "int4")
     batch.copies = np.array(sorted(copies), np.int32).reshape(-1, 2)

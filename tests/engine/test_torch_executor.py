@@ -131,6 +131,39 @@ def test_copied_blocks_are_real(artifacts: dict[str, Artifact]) -> None:
             executor.copy_blocks(np.array(pairs, np.int32))
 
 
+def test_sequences_may_branch_off_within_a_step(artifacts: dict[str, Artifact]) -> None:
+    executor = executor_at(artifacts, "int8", kv_type="int8")
+    Sequence1(executor, "int8", [5, 1]).feed(TOKENS[:35])
+    executor.copy_blocks(np.array([[1, 2]], np.int32))
+    batch = StepBatch(
+        token_ids=np.array(TOKENS[35:43], np.int32),
+        span_starts=np.array([0, 5, 8], np.int32),
+        past=np.array([35, 40], np.int32),
+        block_tables=np.array([[5, 1], [5, 2]], np.int32),
+        logit_rows=np.arange(8, dtype=np.int32),
+        point="int8",
+        copies=np.array([[token, 2] for token in range(5)], np.int32),
+    )
+    whole = Sequence1(executor_at(artifacts, "int8", kv_type="int8"), "int8").feed(TOKENS[:43])
+    np.testing.assert_allclose(executor.step(batch).logits, whole[35:], rtol=1e-4, atol=1e-4)
+
+
+def forked(executor: Executor) -> Any:
+    """Logits of a sequence that goes on from copies of another's first tokens, in the same step."""
+    batch = StepBatch(
+        np.array([*TOKENS[:5], *TOKENS[5:8]], np.int32), np.array([0, 5, 8], np.int32), np.array([0, 5], np.int32),
+        np.array([[1], [2]], np.int32), np.arange(8, dtype=np.int32), "int8",
+        copies=np.array([[token, 2] for token in range(5)], np.int32),
+    )  # fmt: skip
+    return executor.step(batch).logits.copy()
+
+
+def test_copies_within_a_step(artifacts: dict[str, Artifact]) -> None:
+    ours = forked(executor_at(artifacts, "int8"))
+    np.testing.assert_array_equal(ours, Sequence1(executor_at(artifacts, "int8"), "int8").feed(TOKENS[:8]))
+    assert relative_error(ours, forked(executor_at(artifacts, "int8", "reference"))) <= 1e-3
+
+
 def test_rows_and_their_greatest(artifacts: dict[str, Artifact]) -> None:
     whole = Sequence1(executor_at(artifacts, "full"), "full").feed(TOKENS[:10])
     executor = executor_at(artifacts, "full")

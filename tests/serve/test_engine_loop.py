@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +17,10 @@ from haomiao.types import SamplingParams
 class Loop:
     """A loop on a thread, and what it said."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         self.said: list[Any] = []
         self._news = threading.Condition()
-        self.loop = EngineLoop(Open(options={"threads": 1}), self._send)
+        self.loop = EngineLoop(Open(options={"threads": 1, **options}), self._send)
         self._thread = threading.Thread(target=self.loop.run)
         self._thread.start()
 
@@ -112,3 +113,30 @@ def test_cancelled_requests_hold_nothing(loop: Loop) -> None:
     assert isinstance(last, Refused) and last.code == "cancelled"
     assert loop.loop.stats().running == 0
     assert loop.loop._jobs == {} and loop.loop._ids == {}
+
+
+def test_a_limit_on_the_live_error_keeps_the_throttle_off_a_point() -> None:
+    watched = Loop(max_kl=1e-9, monitor_rate=1.0)
+    try:
+        low = submit(1, sampling=SamplingParams(max_tokens=60, ignore_eos=True), point="int4")
+        done = watched.ask(low)[-1]
+        assert isinstance(done, Done) and done.receipt.step_kl is not None and done.receipt.step_kl > 1e-9
+        watched.loop._gauged = -1e9
+        watched.ask(submit(2, sampling=SamplingParams(max_tokens=2)))
+        gauges = watched.loop.stats().gauges
+        assert gauges["point_forbidden_int4"] == 1 and gauges["point_forbidden_int8"] == 0 and gauges["max_kl"] == 1e-9
+        assert gauges["live_step_kl_int4"] > 1e-9 and gauges["live_step_kl_int4_samples"] >= 32
+        assert 0 <= gauges["live_step_kl_int4_top1"] <= 1
+        now = time.monotonic_ns()
+        hurried = Submit(
+            id=3,
+            token_ids=[5, 6, 7],
+            sampling=SamplingParams(max_tokens=500, ignore_eos=True),
+            arrival_ns=now,
+            deadline_ns=now + 60_000_000,
+        )
+        end = watched.ask(hurried)[-1]
+        assert isinstance(end, (Done, Refused)) and end.receipt is not None
+        assert {entry.point for entry in end.receipt.schedule} <= {"int8"}, "a budget lowers nobody to that point"
+    finally:
+        watched.close()

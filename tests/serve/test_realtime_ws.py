@@ -453,6 +453,18 @@ def test_there_are_only_so_many_connections(start: Callable[..., Running]) -> No
 # ---- the engine ---------------------------------------------------------------------------------------------------
 
 
+def test_answers_count_towards_the_rate_limit(start: Callable[..., Running]) -> None:
+    """Six a minute is one in ten seconds, whatever it is asked through."""
+    running = start(rate=6.0)
+    with session(running) as client:
+        client.say("conversation.item.create", item=message("user", "hello"))
+        client.say("response.create", response={"max_output_tokens": 2})
+        client.until("response.done")
+        client.say("response.create", response={"max_output_tokens": 2})
+        assert client.until("error")["error"]["code"] == "rate_limited"
+    assert running.chat().status_code == 429
+
+
 def test_the_session_outlives_a_crash_of_the_engine(start: Callable[..., Running]) -> None:
     server = start()
     with session(server) as client:

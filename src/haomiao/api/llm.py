@@ -6,16 +6,16 @@ Threads may share an `LLM`: requests that are waited for at the same time share 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from haomiao.api.answers import AnswerStream, Choice, Completion, completions_of
+from haomiao.api.opened import Beside, end_ids, load_tokenizer, measured_errors, points_of_throttle
 from haomiao.api.requests import ChatPrompts, RequestMaker, token_ids
 from haomiao.engine.driver import Driver
 from haomiao.engine.idle import IdleWorker
 from haomiao.engine.request import DoneEvent, EngineRequest, Event
-from haomiao.errors import EngineError, HaomiaoError, InputError, ModelNotFoundError
+from haomiao.errors import EngineError, HaomiaoError, InputError
 from haomiao.types import F32, POINTS, Executor, KvType
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class LLM:
             progress=progress,
         )
         opened = on_device(placement, opened, point)
-        loading = _Beside(lambda: _load_tokenizer(opened.files_dir))
+        loading = Beside(lambda: load_tokenizer(opened.files_dir))
         try:
             self.kv: KvType = kv or POINTS[opened.default_point].default_kv
             memory = kv_memory_on(placement, opened, kv_memory)
@@ -118,9 +118,9 @@ class LLM:
         self.vocab_size = runner.vocab_size
         self.threads = int(getattr(runner, "threads", 1))
         self.isa = str(getattr(runner, "isa", ""))
-        self.eos_ids = _end_ids(self.tokenizer, opened)
+        self.eos_ids = end_ids(self.tokenizer, opened)
         self._opened = opened
-        throttled = _throttled(points, self.points, self.point)
+        throttled = points_of_throttle(points, self.points, self.point)
         self._calibration = Calibration(opened, runner, throttled, kind=placement.name, max_context=self.max_context)
         self._progress = progress
         self._requests = RequestMaker(self.tokenizer, self.vocab_size, self.max_context, self.calibrate)
@@ -131,7 +131,7 @@ class LLM:
             if context < draft.plan.max_context:
                 draft = draft.with_context(context)
             size = size_pool(draft.plan, kv_type_of(draft), max_context=draft.plan.max_context, kv_memory=None)
-            tokenizer = _load_tokenizer(draft.files_dir) if self.tokenizer is not None else None
+            tokenizer = load_tokenizer(draft.files_dir) if self.tokenizer is not None else None
             return draft, make_executor(placement, draft, kv_type_of(draft), size.blocks, threads, isa), tokenizer
 
         try:
@@ -149,7 +149,7 @@ class LLM:
             point=self.point,
             points=throttled,
             cost=self._calibration.cost,
-            errors=_measured_errors(opened),
+            errors=measured_errors(opened),
             speculator=speculator,
             monitor=self.monitor,
         )
@@ -185,7 +185,7 @@ class LLM:
     @property
     def errors(self) -> dict[str, float]:
         """Mean KL to `full` by point, nats per token, where it was measured."""
-        return _measured_errors(self._opened)
+        return measured_errors(self._opened)
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
@@ -355,79 +355,10 @@ class LLM:
         return Choice(best, options[best], scores, done.receipt)
 
 
-class _Beside(threading.Thread):
-    """The tokenizer, loaded beside the weights. (`concurrent.futures` would be as good, but takes 5 ms to import.)"""
-
-    def __init__(self, load: Callable[[], Tokenizer | None]) -> None:
-        super().__init__(name="haomiao-tokenizer", daemon=True)
-        self._load = load
-        self._found: Tokenizer | None = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._found = self._load()
-        except BaseException as error:  # raised where the result is asked for
-            self._error = error
-
-    def result(self) -> Tokenizer | None:
-        """What was loaded, once it is. Raises what loading raised."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._found
-
-
 def _events(wait: Callable[[], list[Event]]) -> Iterator[Event]:
     """All events of a ticket."""
     while events := wait():
         yield from events
-
-
-def _throttled(points: Sequence[str] | None, switchable: Sequence[str], point: str) -> tuple[str, ...]:
-    """The points that a budget may lower a request to, the default one included. Raises `InputError`."""
-    if points is None:
-        return tuple(switchable)
-    if isinstance(points, str) or not all(isinstance(each, str) for each in points):
-        raise InputError("points must be a sequence of names", param="points")
-    for each in points:
-        if each not in switchable:
-            known = ", ".join(switchable)
-            raise InputError(f"the throttle can use {known} beside {point}, not {each!r:.40}", param="points")
-    return tuple(dict.fromkeys((point, *points)))
-
-
-def _load_tokenizer(directory: Path) -> Tokenizer | None:
-    """The checkpoint's tokenizer; None if it has none."""
-    from haomiao.text.tokenizer import Tokenizer
-
-    try:
-        return Tokenizer(directory)
-    except ModelNotFoundError:
-        return None
-
-
-def _end_ids(tokenizer: Tokenizer | None, opened: OpenedModel) -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's, else the config's."""
-    found: Any = () if tokenizer is None else tokenizer.eos_ids
-    if not found:
-        named = opened.artifact.meta.get("config", {}).get("eos_token_id")
-        found = named if isinstance(named, list) else [named]
-    return tuple(each for each in found if type(each) is int and 0 <= each < opened.plan.vocab_size)
-
-
-def _measured_errors(opened: OpenedModel) -> dict[str, float]:
-    """Mean KL to `full` by point, for those points where the artifact has it."""
-    found = opened.artifact.meta.get("errors")
-    errors: dict[str, float] = {}
-    for point, measured in found.items() if isinstance(found, dict) else ():
-        value = measured.get("kl") if isinstance(measured, dict) else None
-        if isinstance(value, dict):
-            value = value.get("estimate")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            errors[point] = float(value)
-    return errors
 
 
 __all__ = ["LLM", "Completion", "HaomiaoError"]

@@ -223,7 +223,8 @@ class Job:
         stream.remove()
         prune = self.recipe.mask
         assert prune is not None  # the recipe's own rule
-        self.work.save(SURVEY, {}, {}, {"outliers": outliers, "shares": owl_shares(outliers, prune.share)})
+        sizes = {name: self.wide.weights[name].rows * self.wide.weights[name].cols for name in outliers}
+        self.work.save(SURVEY, {}, {}, {"outliers": outliers, "shares": owl_shares(outliers, sizes, prune.share)})
 
     def _solve_stage(self, name: str, stage: Stage, weights: F32) -> None:
         moments = Moments(weights.shape[1])

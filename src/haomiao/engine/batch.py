@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from haomiao.engine.choice import ChoicePrompt, option_tokens
 from haomiao.engine.cost import StepShape
 from haomiao.engine.forecast import Work
+from haomiao.engine.generation import Generation
 from haomiao.engine.scheduler import Branches, SequenceView
-from haomiao.engine.sequence import ChoicePrompt, Generation, Job, Sequence, option_tokens
+from haomiao.engine.sequence import Job, Sequence
 from haomiao.engine.state import BlockPool, blocks_for
 from haomiao.types import KV_BLOCK_TOKENS, StepBatch
 

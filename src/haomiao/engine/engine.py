@@ -18,9 +18,11 @@ from haomiao.engine import scheduler
 from haomiao.engine.account import Letterhead
 from haomiao.engine.admission import Limits, check_request
 from haomiao.engine.batch import Share, make_batch, shape_of, work_of
-from haomiao.engine.budgets import CLOSING_TOKENS, Budgets
+from haomiao.engine.budgets import Budgets
 from haomiao.engine.cost import LearningCost, StepShape
+from haomiao.engine.emission import Emission, take_back
 from haomiao.engine.forecast import Work
+from haomiao.engine.haste import Haste
 from haomiao.engine.held import HeldSequences
 from haomiao.engine.monitor import Monitor
 from haomiao.engine.prefix import PrefixChain, PrefixNames
@@ -29,13 +31,12 @@ from haomiao.engine.reporter import Reporter
 from haomiao.engine.request import DoneEvent, EngineRequest, Event
 from haomiao.engine.roster import Roster
 from haomiao.engine.scheduler import SchedulerState, StepPlan
-from haomiao.engine.sequence import Job, Option, Rows, Sequence
+from haomiao.engine.sequence import Job
 from haomiao.engine.speculate.speculator import Speculator
 from haomiao.engine.state import BlockPool
 from haomiao.errors import (
     BudgetError,
     CancelledError,
-    DeadlineError,
     EngineError,
     HaomiaoError,
     KvExhaustedError,
@@ -100,6 +101,8 @@ class Engine:
             name, int(getattr(executor, "threads", 0)), str(getattr(executor, "isa", "")), dict(errors or {})
         )
         self._reporter = Reporter(self._roster, letterhead, observers, self.budgets.ended)
+        self._haste = Haste(self._roster, self._reporter, self.budgets, cost)
+        self._emission = Emission(self._roster, self._reporter, self._speculator, self.monitor, clock)
         self._max_requests = max_requests
         self._max_rows = int(getattr(executor, "max_logit_rows", executor.max_step_tokens))
         self._max_sequences = int(getattr(executor, "max_sequences", executor.max_step_tokens))
@@ -143,7 +146,7 @@ class Engine:
         now = self._clock()
         self._learn(now)
         self._take_in(now)
-        self._hasten(now)
+        self._haste.hasten(now)
         works = self._works()
         self._steer(now, works)
         self._speculator.propose(now, self._roster, self.executor.max_step_tokens)
@@ -154,7 +157,7 @@ class Engine:
         result = self._run(step_plan.point, shares)
         drafted = any(share.sequence.draft for share in shares)
         if result is not None:
-            self._emit(step_plan.point, shares, result)
+            self._emission.emit(step_plan.point, shares, result)
             if not drafted and not self._looked:  # drafting rounds and shadow runs are not the step's own time
                 self._round = shape, now, max(self._clock(), now + result.elapsed_ns)
         if not len(self._roster):
@@ -292,55 +295,6 @@ class Engine:
                     self._reporter.refuse(job, error, now)
             self._arrived.append(job.id)
 
-    # ---- admit ----------------------------------------------------------------------------------------------------
-
-    def _hasten(self, now: int) -> None:
-        """Keep what was promised: whoever is short of time looks for an end, whoever has none left ends."""
-        urgent = [sequence for sequence in self._roster if sequence.job.request.deadline_ns is not None]
-        round_ns = self._decode_ns() if urgent else 0.0
-        for sequence in urgent:
-            if sequence not in self._roster:
-                continue  # it ended with another sample
-            left = self.budgets.tokens_left(now, sequence, round_ns)
-            if left == 0:
-                self._end_early(sequence, now)
-            elif left <= CLOSING_TOKENS and sequence.job.request.on_budget != "refuse":
-                sequence.hasten(left)
-
-    def _decode_ns(self) -> float:
-        """What a round takes in which everything that decodes gets its token; 0 while nothing is known about time."""
-        decoding = [sequence for sequence in self._roster if sequence.produced]
-        total = 0.0
-        for point in dict.fromkeys(self.budgets.point_of(sequence.job) for sequence in decoding):
-            here = [sequence for sequence in decoding if self.budgets.point_of(sequence.job) == point]
-            shape = StepShape(point, len(here), 0, sum(each.length for each in here), len(here), len(here))
-            total += (self.cost.predict(shape) or 0.0) if self.cost is not None else 0.0
-        return total
-
-    def _end_early(self, sequence: Sequence, now: int) -> None:
-        """End a sequence that has time for no step more: with what there is, or, when the time is up, without."""
-        request = sequence.job.request
-        spent = now >= (request.deadline_ns or now)
-        if request.on_budget == "refuse" and not spent:
-            return
-        try:
-            progress = sequence.close_early()
-        except Exception as error:
-            self._reporter.fail(sequence.job, error, now)
-            return
-        if progress is not None:
-            self._reporter.tell(sequence, progress, now)
-        elif spent:
-            self._reporter.fail(sequence.job, DeadlineError("the budget was spent before the first token"), now)
-
-    def _spare_ns(self) -> float:
-        """Nanoseconds that may be taken now without any budget suffering; all there is where nobody has one."""
-        if self._inbox:
-            return 0.0
-        between = [each.job.request.itl_ns for each in self._roster if each.job.request.itl_ns is not None]
-        spare = self.budgets.spare_ns(self._clock(), [work_of(sequence) for sequence in self._roster])
-        return min(spare, min(between) - self._decode_ns()) if between else spare
-
     # ---- plan -----------------------------------------------------------------------------------------------------
 
     def _steer(self, now: int, works: list[Work]) -> None:
@@ -381,6 +335,10 @@ class Engine:
         """What every sequence still needs; nothing is counted where nothing is known about time."""
         return [] if self.cost is None else [work_of(sequence) for sequence in self._roster]
 
+    def _spare_ns(self) -> float:
+        """What the monitor may take now without any budget suffering."""
+        return 0.0 if self._inbox else self._haste.spare_ns(self._clock())
+
     def _announce(self, shape: StepShape, shares: list[Share], works: list[Work], now: int) -> None:
         """Show admission the load as it will be when the step has ended."""
         if self.cost is None:
@@ -415,7 +373,7 @@ class Engine:
             result = self.executor.step(batch)
             self._looked = self.monitor.stepped(point, shares, batch, result, self._spare_ns)
         except BaseException as error:
-            _take_back(shares)
+            take_back(shares)
             if not isinstance(error, Exception):  # an interrupt: nothing was computed, and everything can go on
                 raise
             for job in {share.sequence.job.id: share.sequence.job for share in shares}.values():
@@ -424,56 +382,3 @@ class Engine:
         self._reporter.stepped(batch, result)
         self._speculator.observe(point, shares, result.elapsed_ns)
         return result
-
-    # ---- emit -----------------------------------------------------------------------------------------------------
-
-    def _emit(self, point: str, shares: list[Share], result: StepResult) -> None:
-        """Hand every sequence its logits, and tell what became of it."""
-        now = self._clock()
-        row = 0
-        for index, share in enumerate(shares):
-            sequence, logits, argmax = share.sequence, result.logits, result.argmax
-            first, row = row, row + share.rows
-            if sequence.state is None:
-                continue  # its request failed a moment ago, with another sample
-            rows = Rows(sequence.length - share.rows, logits[first:row], argmax[first:row]) if share.rows else None
-            try:
-                sequence.account(point, share.tokens)
-                if share.branches and rows is not None:
-                    self._take_in_branches(share, rows)
-                branches = [] if share.branches or share.parent else sequence.branches()
-                for branch in branches:
-                    self._roster.enter(branch, past=sequence)
-                for each in (sequence, *branches):
-                    progress = each.consume(rows)
-                    self._roster.publish(each)  # now that it holds nothing but what stands
-                    receipt = self._reporter.tell(each, progress, now)
-                    if receipt is not None:
-                        self.monitor.ended(each, receipt)
-            except Exception as error:
-                for branch_share in share.branches:
-                    branch_share.take_back()
-                self._reporter.fail(sequence.job, error, now)
-            except BaseException:  # an interrupt: this request is half told, and the rest of the step not looked at
-                _take_back([*share.branches, *shares[index + 1 :]])
-                self._reporter.fail(sequence.job, CancelledError("the request was interrupted"), now)
-                raise
-        self._speculator.settle(point, shares)
-
-    def _take_in_branches(self, share: Share, rows: Rows) -> None:
-        """Take in what branched off within the step. Its own share follows; the rows here are those before it."""
-        for each in share.branches:
-            self._roster.enter(each.sequence, past=share.sequence)
-        for each in share.branches:
-            if isinstance(each.sequence, Option):
-                each.sequence.score(rows)
-            if not each.tokens:
-                self._reporter.tell(each.sequence, each.sequence.consume(None), self._clock())
-
-
-def _take_back(shares: SequenceOf[Share]) -> None:
-    """The step was not computed: nothing stays of the room that was made for it."""
-    for share in shares:
-        for each in share.branches:
-            each.take_back()
-        share.take_back()

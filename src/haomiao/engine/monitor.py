@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from haomiao.engine.batch import Share
+from haomiao.engine.generation import Generation
 from haomiao.engine.random import uniform
 from haomiao.engine.replay import Replay
-from haomiao.engine.sequence import Generation, Sequence
+from haomiao.engine.sequence import Sequence
 from haomiao.engine.shadow import Shadow
 from haomiao.engine.state import BlockPool, PagedState
 from haomiao.errors import InputError
@@ -81,6 +82,10 @@ class Tally:
         values = np.array(self._kl)
         half = _Z * float(values.std(ddof=1)) / math.sqrt(count)
         return float(values.mean()) - half, float(values.mean()) + half
+
+    def means(self) -> tuple[float, float, int]:
+        """Mean KL and share of equal first choices over the window, and all samples."""
+        return sum(self._kl) / max(1, len(self._kl)), sum(self._same) / max(1, len(self._same)), self.samples
 
     def figures(self) -> Figures:
         """Mean and 95 % bootstrap interval over the window."""
@@ -279,6 +284,12 @@ class Monitor:
         self.give_way()
 
     # ---- what was found -------------------------------------------------------------------------------------------
+
+    def means(self) -> dict[str, tuple[float, float, int]]:
+        """Mean KL, share of equal first choices and number of samples, by `step_kl_` or `replay_kl_` and the point:
+        quickly, for gauges."""
+        kinds = (("step_kl", self._steps), ("replay_kl", self._replays))
+        return {f"{kind}_{point}": tally.means() for kind, tallies in kinds for point, tally in tallies.items()}
 
     def step_figures(self) -> dict[str, Figures]:
         """Live figures by point: single steps over the K and V that were served."""

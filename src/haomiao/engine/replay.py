@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from haomiao.engine.sequence import Generation
+from haomiao.engine.generation import Generation
 from haomiao.engine.state import BlockPool, PagedState
 from haomiao.metrics.divergence import kl_divergence, top1_agreement
 from haomiao.types import F32, Executor, Receipt, StepBatch

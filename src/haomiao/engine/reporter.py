@@ -9,9 +9,10 @@ import logging
 from collections.abc import Callable, Sequence
 
 from haomiao.engine.account import Letterhead, make_receipt
+from haomiao.engine.generation import Generation
 from haomiao.engine.request import FINISH_REASONS, DoneEvent, Event, FinishDetail, TokenEvent
 from haomiao.engine.roster import Roster
-from haomiao.engine.sequence import Generation, Job, Progress, Reading
+from haomiao.engine.sequence import Job, Progress, Reading
 from haomiao.engine.sequence import Sequence as Live
 from haomiao.errors import EngineError, HaomiaoError, KvExhaustedError
 from haomiao.types import Observer, Receipt, StepBatch, StepResult

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from haomiao.engine.batch import Share, reusable, rows_wanted, view_of
+from haomiao.engine.choice import ChoicePrompt
+from haomiao.engine.generation import Generation
 from haomiao.engine.held import HeldSequences
 from haomiao.engine.origin import Origin
 from haomiao.engine.prefix import PrefixNames
 from haomiao.engine.scheduler import SequenceView, StepPlan
-from haomiao.engine.sequence import Job, Sequence, open_sequence
+from haomiao.engine.sequence import Job, Reading, Sequence
 from haomiao.engine.state import BlockPool, PagedState
 from haomiao.errors import KvExhaustedError
 from haomiao.types import KV_BLOCK_TOKENS
@@ -212,3 +214,17 @@ class Roster:
             return point, []
         points = dict.fromkeys((sequence.job.point, point))
         return sequence.names.lookup(self.pool, sequence.tokens, reusable(sequence), tuple(points))
+
+
+def open_sequence(job: Job) -> Sequence:
+    """The sequence with which a request begins."""
+    tokens = list(job.request.prompt_ids)
+    match job.request.work:
+        case "generate":
+            return Generation(job, tokens)
+        case "prefill":
+            return Sequence(job, tokens)
+        case "choose":
+            return ChoicePrompt(job, tokens)
+        case "logits":
+            return Reading(job, tokens)

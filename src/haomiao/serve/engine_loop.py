@@ -138,8 +138,8 @@ class EngineLoop:
                 message = self._later.popleft()
                 if self.on_feed is not None:
                     self.on_feed(message)
+            self._look()
             if not self.engine.busy:
-                self._look()
                 if not self.engine.idle():
                     self._wake.wait()
                 continue
@@ -171,17 +171,19 @@ class EngineLoop:
         self.send(*said)
 
     def _look(self) -> None:
-        """Figures that are not free to make, now and then: coverage of predicted steps, the monitor's live error."""
+        """Figures for the gauges, now and then: coverage of predicted steps, the live error and what it forbids."""
         now = time.monotonic()
         if now - self._gauged < GAUGE_SECONDS:
             return
         counters = self._llm.cost.counters()
         found = {"predicted_steps": float(counters["steps"]), "predicted_steps_inside": float(counters["inside"])}
-        seen = self._llm.monitor.as_dict()
-        for kind in ("step_kl", "replay_kl"):
-            for point, figures in seen[kind].items():
-                found[f"live_{kind}_{point}"] = float(figures["kl"]["estimate"])
-                found[f"live_{kind}_{point}_samples"] = float(figures["samples"])
+        monitor = self._llm.monitor
+        found["monitor_skipped"] = float(monitor.skipped)
+        for name, (kl, top1, samples) in monitor.means().items():
+            found |= {f"live_{name}": kl, f"live_{name}_top1": top1, f"live_{name}_samples": float(samples)}
+        if monitor.limit is not None:
+            found["max_kl"] = monitor.limit
+            found |= {f"point_forbidden_{point}": float(point in monitor.forbidden) for point in self._llm.points}
         self._gauges, self._gauged = found, time.monotonic()
 
     def close(self) -> None:

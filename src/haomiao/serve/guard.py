@@ -64,12 +64,24 @@ class Keys:
 
 
 class Rates:
-    """Token buckets by client: `per_minute` requests, as many at once as fall into ten seconds."""
+    """Token buckets by client: `per_minute` requests, as many at once as fall into ten seconds; None: no limit."""
 
-    def __init__(self, per_minute: float) -> None:
-        self._rate = per_minute / 60.0
-        self._burst = max(1.0, per_minute / 6.0)
+    def __init__(self, per_minute: float | None) -> None:
+        self.per_minute = per_minute
+        self._rate = (per_minute or 0.0) / 60.0
+        self._burst = max(1.0, (per_minute or 0.0) / 6.0)
         self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
+
+    def check(self, scope: Scope) -> None:
+        """Take one for the client of a request or WebSocket: its key, else its address. Raises `HttpError` 429."""
+        if self.per_minute is None:
+            return
+        client = scope["state"].get("salt") or str((scope.get("client") or ("",))[0]).encode()
+        wait = self.take(client, time.monotonic())
+        if wait:
+            limited = HttpError(429, f"more than {self.per_minute:g} requests a minute")
+            limited.retry_after_ms = wait * 1e3
+            raise limited
 
     def take(self, client: bytes, now: float) -> float:
         """0 if the request may pass, else the seconds to wait."""
@@ -90,7 +102,6 @@ class Guard:
         self._service = service
         limits = service.settings.limits
         self._limits = limits
-        self._rates = Rates(limits.rate) if limits.rate is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or one WebSocket (which is only checked: its route counts and logs itself)."""
@@ -161,13 +172,7 @@ class Guard:
             error = OverloadError(f"{self._limits.queue} requests are in flight already", code="queue_full")
             error.retry_after_ms = 1000.0
             raise error
-        if self._rates is not None:
-            client = scope["state"]["salt"] or str((scope.get("client") or ("",))[0]).encode()
-            wait = self._rates.take(client, time.monotonic())
-            if wait:
-                limited = HttpError(429, f"more than {self._limits.rate:g} requests a minute")
-                limited.retry_after_ms = wait * 1e3
-                raise limited
+        service.rates.check(scope)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send, headers: dict[bytes, bytes]) -> None:
         """The handshake of a WebSocket is refused with an HTTP status."""

@@ -291,6 +291,7 @@ class Socket:
             raise OverloadError("the server is stopping", code="not_ready")
         if self.service.in_flight >= self._limits.queue:
             raise OverloadError(f"{self._limits.queue} requests are in flight already", code="queue_full")
+        self.service.rates.check(self._websocket.scope)
         self.response = Response(self, self._feeder, fields, arrival_ns)
         self._count["responses"] += 1
         self.service.in_flight += 1

@@ -33,7 +33,7 @@ class Response:
         self._socket = socket
         self._feeder = feeder
         self._fields = fields
-        self._budget: Budget = budget_of(arrival_ns, fields, {}, socket.service.settings.max_kl)
+        self._budget: Budget = budget_of(arrival_ns, fields, {}, socket.service.max_kl)
         self._item = Item(new_name("item_"), "assistant", "", "in_progress")
         self._answer: Answer | None = None
         self._cancelled: str | None = None

@@ -13,7 +13,7 @@ from haomiao.errors import DeadlineError, HaomiaoError, InputError, ModelNotFoun
 from haomiao.serve import budgets, jsonbody
 from haomiao.serve.client import Answer
 from haomiao.serve.failures import HttpError
-from haomiao.serve.guard import Keys
+from haomiao.serve.guard import Keys, Rates
 from haomiao.serve.messages import Hello, Submit
 from haomiao.serve.metrics import Metrics
 from haomiao.serve.prompts import Prompts
@@ -32,6 +32,7 @@ class Service:
         """`engine_command` starts another engine process than our own (tests)."""
         self.settings = settings
         self.keys = Keys(settings.api_keys)
+        self.rates = Rates(settings.limits.rate)
         self.metrics = Metrics()
         self.supervisor = Supervisor(settings, engine_command)
         self.supervisor.on_ready = self._greet
@@ -134,12 +135,18 @@ class Service:
     def budget(self, request: Request, body: Budgeted) -> budgets.Budget:
         """The budget of a request, counted from its headers. Raises `DeadlineError` if it is spent already."""
         state = request.scope["state"]
-        found = budgets.budget_of(int(state["accepted_ns"]), body, request.headers, self.settings.max_kl)
+        found = budgets.budget_of(int(state["accepted_ns"]), body, request.headers, self.max_kl)
         state["budgeted"] = found.given
         if found.deadline_ns is not None and time.monotonic_ns() >= found.deadline_ns:
             self.metrics.budgets.labels("missed").inc()
             raise DeadlineError("the budget was spent before the request was read")
         return found
+
+    @property
+    def max_kl(self) -> float | None:
+        """The server's own bound on the measured error of points. Where none was measured the monitor alone watches:
+        it sees the live error, and forbids points to the throttle."""
+        return self.settings.max_kl if self.hello.errors else None
 
     def new_id(self) -> int:
         """An id for a request to the engine. Raises `NotReadyError`."""

@@ -155,10 +155,21 @@ def outlier_share(weights: F32, hessian: F64) -> float:
     return float((scores > OWL_OUTLIER * scores.mean()).mean())
 
 
-def owl_shares(outliers: Mapping[str, float], share: float) -> dict[str, float]:
-    """The share that each layer loses: λ-bounded around `share`, less where outliers are many."""
-    values = np.array(list(outliers.values()))
+def owl_shares(outliers: Mapping[str, float], sizes: Mapping[str, int], share: float) -> dict[str, float]:
+    """The share that each matrix loses: λ-bounded around `share`, less where its layer has many outliers.
+
+    Matrices of a layer (`layers.3.qkv`, `layers.3.down`, ...) lose the same share, by the outliers of all of them: so
+    the paper has it. `sizes`: weights of each, by which outliers and the mean count.
+    """
+    layers = {name: ".".join(name.split(".")[:2]) for name in outliers}
+    weight = dict.fromkeys(layers.values(), 0.0)
+    found = dict.fromkeys(layers.values(), 0.0)
+    for name, layer in layers.items():
+        weight[layer] += sizes[name]
+        found[layer] += sizes[name] * outliers[name]
+    values = np.array([found[layer] / weight[layer] for layer in weight])
     spread = np.ptp(values)
     scaled = (values - values.min()) / spread * 2 * OWL_SPREAD if spread > 0 else np.zeros_like(values)
-    shares = np.clip(share - (scaled - scaled.mean()), 0.0, 0.999)
-    return dict(zip(outliers, map(float, shares), strict=True))
+    mean = np.average(scaled, weights=list(weight.values()))
+    shares = dict(zip(weight, map(float, np.clip(share - (scaled - mean), 0.0, 0.999)), strict=True))
+    return {name: shares[layer] for name, layer in layers.items()}

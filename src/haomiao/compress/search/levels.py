@@ -32,7 +32,7 @@ from haomiao.compress.shrink import (
 from haomiao.compress.solver import F64, I64
 from haomiao.compress.workspace import Workspace
 from haomiao.errors import HaomiaoError
-from haomiao.kernels.pack import pack_planes, unpack_codes
+from haomiao.kernels.pack import pack_planes, unpack_codes, without_empty
 from haomiao.kernels.packed import TILE_ROWS, PackedTensor
 from haomiao.models.plan import Plan
 from haomiao.models.registry import plan_for
@@ -145,7 +145,7 @@ class Database:
         narrow = state.width and (name in self.ffn or name in self._makers)
         if not narrow:
             if level >= 2:
-                return self.work.tensor(f"{name}@{LEVELS[level]}")
+                return without_empty(self.work.tensor(f"{name}@{LEVELS[level]}"))
             whole = self.work.tensor(name)
         elif name in self.ffn:
             whole = self.work.tensor(f"{name}@width-{state.width}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from haomiao.engine.sequence import Generation
+from haomiao.engine.generation import Generation
 from haomiao.engine.speculate.costs import StepCosts
 from haomiao.engine.speculate.proposer import Ask, Offer
 from haomiao.engine.speculate.rounds import Track, run_rounds

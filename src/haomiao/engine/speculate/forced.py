@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from haomiao.engine.generation import Generation
 from haomiao.engine.random import uniform
-from haomiao.engine.sequence import Generation
 from haomiao.engine.speculate.proposer import Ask, Offer, Proposer
 
 

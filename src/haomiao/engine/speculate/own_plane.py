@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from haomiao.engine.sequence import Generation
+from haomiao.engine.generation import Generation
 from haomiao.engine.speculate.costs import StepCosts
 from haomiao.engine.speculate.proposer import Ask, Offer
 from haomiao.engine.speculate.rounds import Track, run_rounds

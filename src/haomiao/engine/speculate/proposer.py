@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from haomiao.engine.sequence import Generation
+from haomiao.engine.generation import Generation
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from haomiao.engine.sequence import Generation
+from haomiao.engine.generation import Generation
 from haomiao.engine.speculate.costs import StepCosts
 from haomiao.errors import HaomiaoError
 from haomiao.types import I32, Executor, StepBatch

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from haomiao.engine.batch import Share
-from haomiao.engine.sequence import Generation
+from haomiao.engine.generation import Generation
 from haomiao.engine.sequence import Sequence as Live
 from haomiao.engine.speculate.acceptance import Acceptance
 from haomiao.engine.speculate.costs import Allowance, StepCosts

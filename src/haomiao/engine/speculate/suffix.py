@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from haomiao.engine.sequence import Generation
+from haomiao.engine.generation import Generation
 from haomiao.engine.speculate.proposer import Ask, Offer
 
 LONGEST_MATCH = 64

@@ -1,6 +1,7 @@
 """`TorchExecutor`: implements `types.Executor` with PyTorch, on the CPU or on CUDA.
 
-Checks what it is given, keeps the model on the device, and leaves a step to `slow`. Knows no operation.
+Checks what it is given, keeps the model on the device, and leaves a step to `slow` (twins, any device) or to `fast`
+(Triton kernels and CUDA graphs). Knows neither's operations.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from haomiao.models.weights import check_encodings, check_weights
 from haomiao.types import F32, I32, POINTS, KvType, StepBatch, StepResult
 
 if TYPE_CHECKING:
+    from haomiao.engine.executors.torch.fast import FastRunner
     from haomiao.engine.executors.torch.model import DeviceModel
 
 
@@ -30,8 +32,9 @@ class TorchExecutor:
     """Implements `types.Executor` in PyTorch.
 
     `tensors` and `vectors` are an artifact's, by the plan's weight names; `points` must be switchable (one family), and
-    `int4-w` is among those that nested planes can run at. Raises `ModelError`, `UnsupportedModelError`, `InputError`
-    as the other executors do, and `UnavailableError` if the device, or memory on it, is not there.
+    `int4-w` is among those that nested planes can run at. `fast` (default: on CUDA) takes Triton's kernels; without it
+    every operation is its twin. Raises `ModelError`, `UnsupportedModelError`, `InputError` as the other executors do,
+    and `UnavailableError` if the device, or memory on it, is not there.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class TorchExecutor:
         kv_blocks: int = 64,
         max_step_tokens: int = 512,
         device: devices.DeviceName = "cpu",
+        fast: bool | None = None,
     ) -> None:
         check_points(points)
         if plan.version != ops.PLAN_VERSION:
@@ -59,17 +63,26 @@ class TorchExecutor:
             raise UnavailableError(
                 "the GPU's memory does not hold the weights and the KV blocks; lower kv_blocks"
             ) from None
-        self._begin(model, points, max_step_tokens)
+        self._begin(model, points, max_step_tokens, device == "cuda" if fast is None else fast, device == "cuda")
 
     @classmethod
-    def of_model(cls, model: DeviceModel, *, points: Sequence[str], max_step_tokens: int = 512) -> TorchExecutor:
-        """An executor of a model that lies on the device already (benchmarks make random weights there)."""
+    def of_model(
+        cls,
+        model: DeviceModel,
+        *,
+        points: Sequence[str],
+        max_step_tokens: int = 512,
+        fast: bool = True,
+        ahead: bool = False,
+    ) -> TorchExecutor:
+        """An executor of a model that lies on the device already (benchmarks make random weights there). `ahead`:
+        kernels are compiled and graphs captured now, not when they are first needed."""
         check_points(points)
         self = cls.__new__(cls)
-        self._begin(model, points, max_step_tokens)
+        self._begin(model, points, max_step_tokens, fast, ahead)
         return self
 
-    def _begin(self, model: DeviceModel, points: Sequence[str], max_step_tokens: int) -> None:
+    def _begin(self, model: DeviceModel, points: Sequence[str], max_step_tokens: int, fast: bool, ahead: bool) -> None:
         self.plan = model.plan
         self.points = tuple(points)
         self.vocab_size = model.plan.vocab_size
@@ -81,15 +94,28 @@ class TorchExecutor:
         self.threads = 1
         self.isa = devices.label(model.device)
         self._model: DeviceModel | None = model
+        self._fast: FastRunner | None = None
+        if fast:
+            if model.device.type == "cpu" and not devices.interpreted():
+                raise InputError("fast kernels run on a CPU only in Triton's interpreter", param="fast")
+            devices.need_triton()
+            from haomiao.engine.executors.torch.fast import FastRunner
+
+            self._fast = FastRunner(model, self.points, max_step_tokens)
+            if ahead:
+                self._fast.prepare()
 
     def step(self, batch: StepBatch) -> StepResult:
         """Compute one step. `logits` is a view that the next step overwrites; of greedy rows it may hold anything."""
         began = time.monotonic_ns()
         model = self._open()
         check_batch(batch, self)
-        with torch.inference_mode():
-            found, places = run_slowly(model, batch)
-        logits, argmax = found.cpu().numpy(), places.cpu().numpy().astype(np.int32)
+        if self._fast is not None:
+            logits, argmax = self._fast.step(batch)
+        else:
+            with torch.inference_mode():
+                found, places = run_slowly(model, batch)
+            logits, argmax = found.cpu().numpy(), places.cpu().numpy().astype(np.int32)
         return StepResult(logits, argmax, time.monotonic_ns() - began)
 
     def copy_blocks(self, pairs: I32) -> None:
@@ -103,6 +129,7 @@ class TorchExecutor:
 
     def close(self) -> None:
         """Release the device's memory; idempotent."""
+        self._fast = None
         self._model = None
 
     def _open(self) -> DeviceModel:

@@ -38,6 +38,12 @@ class LayerMemory:
             else:
                 storage[block, :, place], scales[block, :, place] = twins.kv_codes(x)
 
+    def copy_slots(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy tokens' K and V between slots, int64 [copies] each."""
+        for storage in self.parts:
+            found = storage[sources // KV_BLOCK_TOKENS, :, sources % KV_BLOCK_TOKENS]
+            storage[targets // KV_BLOCK_TOKENS, :, targets % KV_BLOCK_TOKENS] = found
+
     def read(self, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """K, V f32 [kv_heads, length, head_dim] of the sequence whose blocks are `table`."""
         blocks = table[: -(-length // KV_BLOCK_TOKENS)]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from haomiao.engine.executors.torch import twins
+from haomiao.engine.executors.torch.copies import copied_slots
 from haomiao.engine.executors.torch.matrices import Tensor
 from haomiao.engine.executors.torch.model import DeviceModel, kv_width
 from haomiao.errors import UnsupportedModelError
@@ -39,6 +40,8 @@ class _SlowStep:
         owner = torch.from_numpy(np.repeat(np.arange(lengths.size), lengths)).to(device)
         blocks = self.tables[owner, self.positions // KV_BLOCK_TOKENS]
         self.slots = blocks * KV_BLOCK_TOKENS + self.positions % KV_BLOCK_TOKENS
+        copied = copied_slots(batch)
+        self.copies = None if copied is None else torch.from_numpy(copied).to(device)
         self.buffers: dict[str, Tensor] = {
             name: torch.zeros(batch.tokens, width, device=device) for name, width in model.plan.buffers.items()
         }
@@ -97,6 +100,8 @@ class _SlowStep:
         )
         out = torch.zeros(self.batch.tokens, op.heads * op.head_dim, device=self.model.device)
         memory.write(self.slots, k, v)
+        if self.copies is not None:
+            memory.copy_slots(*self.copies)
         starts = self.batch.span_starts
         for span in range(starts.size - 1):
             for offset, t in enumerate(range(int(starts[span]), int(starts[span + 1]))):

@@ -1,0 +1,308 @@
+"""Linear layers that read codes: a matrix times one token (`gemv`), and times up to some hundred (`gemm`).
+
+Weights as `matrices` lays them out. ENCODING: 0 f32, 1 bf16, 2 int8, 3 the hi plane, 4 both planes. ROUND says what
+becomes of activations: 0 nothing, 1 bf16, 2 codes of 8 bits per group of 32 (docs/ARCHITECTURE.md, section 6). Sums are
+float32.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""The interpreter cuts float32 off where it should round to bf16, and cannot multiply bf16."""
+
+# Adding and subtracting 1.5 * 2^23 rounds a float32 of magnitude below 2^22 to an integer, ties to even.
+ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def activated(x, ACT: tl.constexpr):
+    """silu, gelu (erf), gelu (tanh), relu."""
+    if ACT == 0:
+        y = x / (1.0 + tl.exp(-x))
+    elif ACT == 1:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == 2:
+        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        y = x * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))  # 0.5 (1 + tanh u) = 1 - 1 / (e^2u + 1)
+    else:
+        y = tl.maximum(x, 0.0)
+    return y
+
+
+@triton.jit
+def rounded(q):
+    """To the nearest integer, ties to even."""
+    return (q + ROUNDER) - ROUNDER
+
+
+@triton.jit
+def bf16(x):
+    """f32 rounded to bf16, ties to even; the interpreter keeps the value as f32."""
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        y = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    else:
+        y = x.to(tl.bfloat16)
+    return y
+
+
+@triton.jit
+def dot16(a, b, acc):
+    """a b + acc of bf16 numbers, f32 sums."""
+    if INTERPRETED:
+        y = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        y = tl.dot(a, b, acc)
+    return y
+
+
+@triton.jit
+def factors(greatest):
+    """(scale, inverse) of groups whose greatest magnitude is this: 0 where the inverse is infinite, NaN where the group
+    holds what is not finite."""
+    inverse = tl.div_rn(tl.full(greatest.shape, 127.0, tl.float32), greatest)
+    scale = tl.div_rn(greatest, tl.full(greatest.shape, 127.0, tl.float32))
+    none = inverse == float("inf")
+    scale = tl.where(none, 0.0, scale)
+    inverse = tl.where(none, 0.0, inverse)
+    broken = ~(greatest < float("inf"))
+    return tl.where(broken, float("nan"), scale), tl.where(broken, 0.0, inverse)
+
+
+@triton.jit
+def magnitude(x):
+    """|x|, infinite for a NaN, which `max` might lose."""
+    return tl.where(x == x, tl.abs(x), float("inf"))
+
+
+@triton.jit
+def source_at(x, norm, cols, K, factor, SOURCE: tl.constexpr, ACT: tl.constexpr):
+    """f32 activations of columns: as they lie (0), normed (1), or act(gate) * up of neurons interleaved by 32 (2)."""
+    inside = cols < K
+    if SOURCE == 2:
+        gate = x + (cols // 32) * 64 + cols % 32
+        g = tl.load(gate, mask=inside, other=0.0)
+        u = tl.load(gate + 32, mask=inside, other=0.0)
+        value = activated(g, ACT) * u
+    else:
+        value = tl.load(x + cols, mask=inside, other=0.0)
+        if SOURCE == 1:
+            value = value * factor * tl.load(norm + cols, mask=inside, other=0.0)
+    return value
+
+
+@triton.jit
+def nibble_codes(hi, lo, offset, mask, ENCODING: tl.constexpr, LO_SHIFT: tl.constexpr):
+    """Codes f32 of the low and of the high nibbles; what is masked is 0."""
+    packed = tl.load(hi + offset, mask=mask, other=0x88).to(tl.int32)
+    first = (packed & 15) - 8
+    second = (packed >> 4) - 8
+    if ENCODING == 4:
+        rest = tl.load(lo + offset, mask=mask, other=0x88).to(tl.int32)
+        first = (first << LO_SHIFT) + (rest & 15) - 8
+        second = (second << LO_SHIFT) + (rest >> 4) - 8
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def finished(y, rows, N, bias, out, BIAS: tl.constexpr, ADD: tl.constexpr, out_scale, softcap, CAP: tl.constexpr):
+    """Bias, residual, scale and softcap of sums y."""
+    inside = rows < N
+    if BIAS:
+        y = y + tl.load(bias + rows, mask=inside, other=0.0)
+    y = y * out_scale
+    if CAP:
+        y = softcap * (1.0 - 2.0 / (tl.exp(2.0 * y / softcap) + 1.0))
+    if ADD:
+        y = y + tl.load(out + rows, mask=inside, other=0.0)
+    return y
+
+
+@triton.jit
+def gemv(
+    out,  # f32 [N]
+    x,  # f32 [K], or [2 K] for SOURCE 2
+    norm,  # f32 [K] for SOURCE 1
+    hi,
+    lo,
+    scales,  # f16 [N, padded / GROUP]
+    bias,  # f32 [N]
+    K,
+    padded,  # columns as stored
+    N,
+    eps,
+    out_scale,
+    softcap,
+    ENCODING: tl.constexpr,
+    GROUP: tl.constexpr,
+    LO_SHIFT: tl.constexpr,
+    SOURCE: tl.constexpr,
+    ACT: tl.constexpr,
+    ROUND: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    CAP: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """y = W x for one token, with the norm or the gate before it and the residual after it. Grid [N / BN]."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = rows < N
+    row = rows.to(tl.int64)[:, None]
+    factor = 1.0
+    if SOURCE == 1:
+        total = tl.zeros([BK], tl.float32)
+        for start in range(0, K, BK):
+            cols = start + tl.arange(0, BK)
+            value = tl.load(x + cols, mask=cols < K, other=0.0)
+            total += value * value
+        factor = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(total) / K + eps))
+    if ENCODING >= 3:
+        acc = tl.zeros([BN, BK // 2], tl.float32)
+        for start in range(0, padded, BK):
+            index = start // 2 + tl.arange(0, BK // 2)
+            first = (index // 16) * 32 + index % 16
+            a = source_at(x, norm, first, K, factor, SOURCE, ACT)
+            b = source_at(x, norm, first + 16, K, factor, SOURCE, ACT)
+            if ROUND == 1:
+                a = bf16(a).to(tl.float32)
+                b = bf16(b).to(tl.float32)
+            if ROUND == 2:
+                pairs = tl.reshape(tl.maximum(magnitude(a), magnitude(b)), [BK // 32, 16])
+                scale, inverse = factors(tl.max(pairs, axis=1))
+                a = tl.reshape(rounded(tl.reshape(a, [BK // 32, 16]) * inverse[:, None]) * scale[:, None], [BK // 2])
+                b = tl.reshape(rounded(tl.reshape(b, [BK // 32, 16]) * inverse[:, None]) * scale[:, None], [BK // 2])
+            there = inside[:, None] & (index < padded // 2)[None, :]
+            p, q = nibble_codes(hi, lo, row * (padded // 2) + index[None, :], there, ENCODING, LO_SHIFT)
+            ws = tl.load(scales + row * (padded // GROUP) + (first // GROUP)[None, :], mask=there, other=0.0)
+            acc += (p * a[None, :] + q * b[None, :]) * ws.to(tl.float32)
+        y = tl.sum(acc, axis=1)
+        if ENCODING == 4:
+            y = y * (1.0 / (1 << LO_SHIFT))
+    else:
+        wide = tl.zeros([BN, BK], tl.float32)
+        for start in range(0, padded, BK):
+            cols = start + tl.arange(0, BK)
+            a = source_at(x, norm, cols, K, factor, SOURCE, ACT)
+            if ROUND == 1:
+                a = bf16(a).to(tl.float32)
+            if ROUND == 2:
+                scale, inverse = factors(tl.max(tl.reshape(magnitude(a), [BK // 32, 32]), axis=1))
+                a = tl.reshape(rounded(tl.reshape(a, [BK // 32, 32]) * inverse[:, None]) * scale[:, None], [BK])
+            there = inside[:, None] & (cols < padded)[None, :]
+            w = tl.load(hi + row * padded + cols[None, :], mask=there, other=0.0).to(tl.float32)
+            if ENCODING == 2:
+                ws = tl.load(scales + row * (padded // GROUP) + (cols // GROUP)[None, :], mask=there, other=0.0)
+                w = w * ws.to(tl.float32)
+            wide += w * a[None, :]
+        y = tl.sum(wide, axis=1)
+    y = finished(y, rows, N, bias, out, BIAS, ADD, out_scale, softcap, CAP)
+    tl.store(out + rows, y, mask=inside)
+
+
+@triton.jit
+def gemm(
+    out,  # f32 [M, N]
+    x,  # f32 [M, K]
+    hi,
+    lo,
+    scales,
+    bias,
+    M,
+    K,
+    padded,
+    N,
+    out_scale,
+    softcap,
+    ENCODING: tl.constexpr,  # 2, 3 or 4
+    GROUP: tl.constexpr,
+    LO_SHIFT: tl.constexpr,
+    ROUND: tl.constexpr,  # 1 or 2
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    CAP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Y = X Wᵀ, 32 columns a turn: codes meet codes (or bf16) in tensor cores, which is exact for codes, and the scales
+    join outside. A row's result does not depend on the rows beside it. Grid [N / BN, M / BM]."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
+    inside, live = rows < N, tokens < M
+    row, token = rows.to(tl.int64)[:, None], tokens.to(tl.int64)[:, None]
+    half = tl.arange(0, 16)[None, :]
+    acc = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, padded, 32):
+        a = tl.load(x + token * K + start + half, mask=live[:, None] & (start + half < K), other=0.0)
+        b = tl.load(x + token * K + start + 16 + half, mask=live[:, None] & (start + 16 + half < K), other=0.0)
+        ws = tl.load(scales + rows.to(tl.int64) * (padded // GROUP) + start // GROUP, mask=inside, other=0.0)
+        share = ws.to(tl.float32)[None, :]
+        if ROUND == 2:
+            greatest = tl.max(tl.maximum(magnitude(a), magnitude(b)), axis=1)
+            scale, inverse = factors(greatest)
+            a = rounded(a * inverse[:, None])
+            b = rounded(b * inverse[:, None])
+            share = share * scale[:, None]
+        if ENCODING == 2:
+            base = row * padded + start + half
+            p = tl.load(hi + base, mask=inside[:, None], other=0).to(tl.float32)
+            q = tl.load(hi + base + 16, mask=inside[:, None], other=0).to(tl.float32)
+        else:
+            p, q = nibble_codes(hi, lo, row * (padded // 2) + start // 2 + half, inside[:, None], ENCODING, LO_SHIFT)
+        part = dot16(bf16(a), tl.trans(bf16(p)), tl.zeros([BM, BN], tl.float32))
+        part = dot16(bf16(b), tl.trans(bf16(q)), part)
+        acc += part * share
+    if ENCODING == 4:
+        acc = acc * (1.0 / (1 << LO_SHIFT))
+    where = token * N + rows[None, :]
+    if BIAS:
+        acc += tl.load(bias + rows, mask=inside, other=0.0)[None, :]
+    acc = acc * out_scale
+    if CAP:
+        acc = softcap * (1.0 - 2.0 / (tl.exp(2.0 * acc / softcap) + 1.0))
+    there = live[:, None] & inside[None, :]
+    if ADD:
+        acc += tl.load(out + where, mask=there, other=0.0)
+    tl.store(out + where, acc, mask=there)
+
+
+@triton.jit
+def dequantize(
+    out,  # bf16 [N, K]
+    hi,
+    lo,
+    scales,
+    K,
+    padded,
+    N,
+    ENCODING: tl.constexpr,
+    GROUP: tl.constexpr,
+    LO_SHIFT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Weights as bf16, for products of many tokens: read once here, then cuBLAS. Grid [N / BN, padded / BK]."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = rows.to(tl.int64)[:, None]
+    shrink = 1.0
+    if ENCODING == 4:
+        shrink = 1.0 / (1 << LO_SHIFT)
+    if ENCODING == 2:
+        cols = (tl.program_id(1) * BK + tl.arange(0, BK))[None, :]
+        there = (rows < N)[:, None] & (cols < K)
+        ws = tl.load(scales + row * (padded // GROUP) + cols // GROUP, mask=there, other=0.0).to(tl.float32)
+        w = tl.load(hi + row * padded + cols, mask=there, other=0).to(tl.float32) * ws
+        tl.store(out + row * K + cols, bf16(w).to(tl.bfloat16), mask=there)
+    else:
+        index = (tl.program_id(1) * (BK // 2) + tl.arange(0, BK // 2))[None, :]
+        first = (index // 16) * 32 + index % 16
+        there = (rows < N)[:, None] & (index < padded // 2)
+        p, q = nibble_codes(hi, lo, row * (padded // 2) + index, there, ENCODING, LO_SHIFT)
+        ws = tl.load(scales + row * (padded // GROUP) + first // GROUP, mask=there, other=0.0).to(tl.float32) * shrink
+        tl.store(out + row * K + first, bf16(p * ws).to(tl.bfloat16), mask=there & (first < K))
+        tl.store(out + row * K + first + 16, bf16(q * ws).to(tl.bfloat16), mask=there & (first + 16 < K))

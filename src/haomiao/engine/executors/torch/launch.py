@@ -1,0 +1,278 @@
+"""Launches of the kernels on tensors: grids, sizes of blocks, flags. Knows no plan and no step.
+
+The block sizes are guesses that have not met a GPU; `python -m benchmarks.gpu tune` times others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from haomiao.engine.executors.torch.kernels import attention, linear, rowwise
+from haomiao.engine.executors.torch.matrices import DeviceMatrix, Tensor
+from haomiao.engine.executors.torch.memory import LayerMemory
+from haomiao.models.plan import Activation
+from haomiao.types import Planes, Point
+
+ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+KV_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+PART = 4096
+"""Logits of a row that one program looks at for the greatest."""
+
+
+@dataclass
+class Blocks:
+    """Sizes of blocks, changed by `benchmarks.gpu tune` only."""
+
+    gemv_rows: int = 4
+    gemv_bytes: int = 1024
+    """Bytes of a row of weights that `gemv` reads at a turn."""
+    gemv_warps: int = 4
+    gemm_rows: int = 64
+    gemm_warps: int = 4
+    gemm_stages: int = 4
+    keys: int = 64
+    attend_warps: int = 4
+
+
+BLOCKS = Blocks()
+DEQUANTIZED_FROM = 128
+"""Tokens from which 16-bit activations meet weights that were made bf16 first."""
+
+
+def power(n: int, least: int = 1) -> int:
+    """The least power of two that is at least both."""
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def up(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def encoding_of(matrix: DeviceMatrix, planes: Planes) -> int:
+    """The kernels' number for how a matrix is read at `planes`."""
+    if matrix.encoding == "planes":
+        return 4 if matrix.reads_lo(planes) else 3
+    return ("f32", "bf16", "int8").index(matrix.encoding)
+
+
+def rounding_of(matrix: DeviceMatrix, point: Point) -> int:
+    """What becomes of activations: 0 nothing, 1 bf16, 2 codes."""
+    if matrix.scales is not None and point.activations == "int8":
+        return 2
+    return 1 if point.activations == "bf16" and matrix.encoding != "f32" else 0
+
+
+def _parts(matrix: DeviceMatrix) -> tuple[Tensor, Tensor, Tensor]:
+    """Pointers for the kernels; what an encoding lacks is never read."""
+    lo = matrix.hi if matrix.lo is None else matrix.lo
+    return matrix.hi, lo, matrix.hi if matrix.scales is None else matrix.scales
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What a matrix's source is made of."""
+
+    norm: Tensor | None = None
+    eps: float = 0.0
+    glu: Activation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class After:
+    """What becomes of a matrix's sums."""
+
+    bias: Tensor | None = None
+    add: bool = False
+    scale: float = 1.0
+    softcap: float = 0.0
+
+
+PLAIN = Before()
+
+
+def gemv(
+    out: Tensor, x: Tensor, matrix: DeviceMatrix, point: Point, planes: Planes, before: Before, after: After
+) -> None:
+    """One token: out f32 [1, rows] from x f32 [1, cols] (or [1, 2 cols] for a gate)."""
+    encoding = encoding_of(matrix, planes)
+    a_byte = 2 if encoding >= 3 else 1  # columns
+    width = {0: 4, 1: 2}.get(encoding, 1)
+    turn = min(BLOCKS.gemv_bytes * a_byte // width, power(matrix.padded, 64))
+    source = 1 if before.norm is not None else 2 if before.glu is not None else 0
+    linear.gemv[(up(matrix.rows, BLOCKS.gemv_rows),)](
+        out, x, x if before.norm is None else before.norm, *_parts(matrix), out if after.bias is None else after.bias,
+        matrix.cols, matrix.padded, matrix.rows, before.eps, after.scale, after.softcap,
+        ENCODING=encoding, GROUP=matrix.group or 1, LO_SHIFT=matrix.lo_shift, SOURCE=source,
+        ACT=ACTIVATIONS[before.glu or "silu"], ROUND=rounding_of(matrix, point), BIAS=after.bias is not None,
+        ADD=after.add, CAP=after.softcap != 0, BN=BLOCKS.gemv_rows, BK=turn, num_warps=BLOCKS.gemv_warps,
+    )  # fmt: skip
+
+
+def matmul(out: Tensor, x: Tensor, matrix: DeviceMatrix, point: Point, planes: Planes, after: After) -> None:
+    """Several tokens: out f32 [tokens, rows] from x f32 [tokens, cols]."""
+    encoding, rounding = encoding_of(matrix, planes), rounding_of(matrix, point)
+    if encoding < 2:
+        _finish(out, _product(x, matrix.hi, rounding), after)
+    elif rounding == 1 and x.shape[0] >= DEQUANTIZED_FROM:
+        _finish(out, _product(x, dequantized(matrix, planes), 1), after)
+    else:
+        _gemm(out, x, matrix, encoding, rounding, after)
+
+
+def _gemm(out: Tensor, x: Tensor, matrix: DeviceMatrix, encoding: int, rounding: int, after: After) -> None:
+    tokens = x.shape[0]
+    rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    linear.gemm[(up(matrix.rows, BLOCKS.gemm_rows), up(tokens, rows))](
+        out, x, *_parts(matrix), out if after.bias is None else after.bias,
+        tokens, matrix.cols, matrix.padded, matrix.rows, after.scale, after.softcap,
+        ENCODING=encoding, GROUP=matrix.group, LO_SHIFT=matrix.lo_shift, ROUND=rounding,
+        BIAS=after.bias is not None, ADD=after.add, CAP=after.softcap != 0,
+        BM=rows, BN=BLOCKS.gemm_rows, num_warps=BLOCKS.gemm_warps, num_stages=BLOCKS.gemm_stages,
+    )  # fmt: skip
+
+
+def dequantized(matrix: DeviceMatrix, planes: Planes) -> Tensor:
+    """Weights bf16 [rows, cols], for one product."""
+    out = torch.empty(matrix.rows, matrix.cols, dtype=torch.bfloat16, device=matrix.hi.device)
+    linear.dequantize[(up(matrix.rows, 32), up(matrix.padded, 128))](
+        out, *_parts(matrix), matrix.cols, matrix.padded, matrix.rows,
+        ENCODING=encoding_of(matrix, planes), GROUP=matrix.group, LO_SHIFT=matrix.lo_shift, BN=32, BK=128,
+    )  # fmt: skip
+    return out
+
+
+def _product(x: Tensor, weights: Tensor, rounding: int) -> Tensor:
+    """x Wᵀ by the vendor's library, float32 sums and a float32 result."""
+    if rounding == 1:
+        if x.device.type == "cuda":
+            return torch.mm(x.bfloat16(), weights.T, out_dtype=torch.float32)
+        x = x.bfloat16().float()
+    return torch.mm(x, weights.float().T)
+
+
+def _finish(out: Tensor, y: Tensor, after: After) -> None:
+    """What stands behind a product of the library."""
+    if after.bias is not None:
+        y += after.bias
+    if after.scale != 1.0:
+        y *= after.scale
+    if after.softcap:
+        y = after.softcap * torch.tanh(y / after.softcap)
+    if after.add:
+        out += y
+    else:
+        out.copy_(y)
+
+
+def embed(out: Tensor, indices: Tensor, table: DeviceMatrix, factor: float, *, add: bool = False) -> None:
+    """out f32 [tokens, cols] = table[indices] * factor, or added."""
+    rowwise.embed[(out.shape[0], up(table.cols, 1024))](
+        out, indices, *_parts(table), table.cols, table.padded, factor,
+        ENCODING=encoding_of(table, "hi+lo"), GROUP=table.group or 1, LO_SHIFT=table.lo_shift, ADD=add, BLOCK=1024,
+    )  # fmt: skip
+
+
+def norm(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, layer: bool) -> None:
+    """RMS or layer norm of the rows of x."""
+    rowwise.norm[(x.shape[0],)](
+        out, x, weight, weight if bias is None else bias, x.shape[1], eps,
+        LAYER=layer, BIAS=bias is not None, BLOCK=power(x.shape[1]), num_warps=4 if x.shape[1] <= 4096 else 8,
+    )  # fmt: skip
+
+
+def gate(out: Tensor, x: Tensor, activation: Activation, *, pairs: bool) -> None:
+    """out = act(gate) * up, interleaved by 32, or out = act(x)."""
+    rowwise.gate[(x.shape[0], up(out.shape[1], 1024))](
+        out, x, out.shape[1], ACT=ACTIVATIONS[activation], PAIRS=pairs, BLOCK=1024
+    )
+
+
+def add(out: Tensor, x: Tensor) -> None:
+    """out += x."""
+    rowwise.add[(up(out.numel(), 1024),)](out, x, out.numel(), BLOCK=1024)
+
+
+def greatest(out: Tensor, logits: Tensor) -> None:
+    """out int32 [rows]: the lowest index among the greatest of each row."""
+    rows, vocab = logits.shape
+    parts = up(vocab, PART)
+    peaks = torch.empty(rows, parts, device=logits.device)
+    places = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
+    rowwise.greatest_parts[(rows, parts)](peaks, places, logits, vocab, parts, BLOCK=PART)
+    rowwise.greatest[(rows,)](out, peaks, places, vocab, parts, BLOCK=power(parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The shape of an attention, and the norms and rotations before it."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    k_offset: int
+    v_offset: int
+    scale: float
+    window: int
+    softcap: float
+    eps: float = 0.0
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    q_rope: tuple[Tensor, Tensor] | None = None
+    k_rope: tuple[Tensor, Tensor] | None = None
+
+
+def store(q: Tensor, qkv: Tensor, memory: LayerMemory, positions: Tensor, slots: Tensor, shape: Heads) -> None:
+    """Norm and rotate; q f32 [tokens, heads * head_dim], K and V into their slots."""
+    none = qkv
+    q_rope, k_rope = shape.q_rope or (none, none), shape.k_rope or (none, none)
+    attention.store[(qkv.shape[0], shape.heads + 2 * shape.kv_heads)](
+        q, memory.k, memory.v, memory.k if memory.k_scales is None else memory.k_scales,
+        memory.v if memory.v_scales is None else memory.v_scales, qkv, positions, slots,
+        none if shape.q_norm is None else shape.q_norm, none if shape.k_norm is None else shape.k_norm,
+        *q_rope, *k_rope, qkv.shape[1], shape.k_offset, shape.v_offset, shape.eps,
+        HEADS=shape.heads, KV_HEADS=shape.kv_heads, HEAD_DIM=shape.head_dim, D=power(shape.head_dim, 16),
+        Q_HALF=q_rope[0].shape[1] if shape.q_rope else 0, K_HALF=k_rope[0].shape[1] if shape.k_rope else 0,
+        Q_NORM=shape.q_norm is not None, K_NORM=shape.k_norm is not None, KV=KV_KINDS[memory.k.dtype], num_warps=1,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Which tokens attend to what. `starts`, `counts` cut them into blocks of at most `most` tokens of one sequence;
+    `split` positions are worked off by one program, 0: all of them."""
+
+    positions: Tensor
+    tables: Tensor
+    owners: Tensor
+    starts: Tensor
+    counts: Tensor
+    most: int
+    split: int
+    splits: int
+
+
+def attend(out: Tensor, q: Tensor, memory: LayerMemory, queries: Queries, shape: Heads) -> None:
+    """Attention over what is stored: out f32 [tokens, heads * head_dim]."""
+    split = queries.split if queries.splits > 1 else 0
+    sums = peaks = out
+    if split:
+        rows = out.shape[0] * shape.heads * queries.splits
+        sums = torch.empty(rows, shape.head_dim, device=out.device)
+        peaks = torch.empty(rows, 2, device=out.device)
+    width = power(shape.head_dim, 16)
+    attention.attend[(queries.starts.shape[0], shape.kv_heads, queries.splits)](
+        out, sums, peaks, q, memory.k, memory.v, memory.k if memory.k_scales is None else memory.k_scales,
+        memory.v if memory.v_scales is None else memory.v_scales, queries.positions, queries.tables, queries.owners,
+        queries.starts, queries.counts, queries.tables.shape[1], queries.splits,
+        shape.scale, shape.window, shape.softcap,
+        HEADS=shape.heads, KV_HEADS=shape.kv_heads, HEAD_DIM=shape.head_dim, D=width,
+        ROWS=power(queries.most * (shape.heads // shape.kv_heads), 16), KEYS=BLOCKS.keys, SPLIT=split,
+        WINDOW=shape.window > 0, CAP=shape.softcap != 0, KV=KV_KINDS[memory.k.dtype], num_warps=BLOCKS.attend_warps,
+    )  # fmt: skip
+    if split:
+        attention.merge[(out.shape[0], shape.heads)](
+            out, sums, peaks, queries.splits, HEAD_DIM=shape.head_dim, D=width, SPLITS=power(queries.splits)
+        )

@@ -1,0 +1,325 @@
+"""The Triton kernels beside their twins, in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: it reads it once
+torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ["TRITON_INTERPRET"] != "1":
+    pytest.skip("TRITON_INTERPRET=0: kernels are compiled, benchmarks.gpu checks them", allow_module_level=True)
+
+from haomiao.engine.executors.torch import fast, launch, twins  # noqa: E402
+from haomiao.engine.executors.torch.executor import TorchExecutor  # noqa: E402
+from haomiao.engine.executors.torch.launch import Queries  # noqa: E402
+from haomiao.engine.executors.torch.lowering import AttentionStage, MatrixStage, lower  # noqa: E402
+from haomiao.engine.executors.torch.matrices import place  # noqa: E402
+from haomiao.engine.executors.torch.memory import make_memory  # noqa: E402
+from haomiao.engine.executors.torch.model import rope_table  # noqa: E402
+from haomiao.kernels import pack, rtn  # noqa: E402
+from haomiao.models import plan as ops  # noqa: E402
+from haomiao.models.registry import plan_for  # noqa: E402
+from haomiao.types import POINTS, StepBatch  # noqa: E402
+from tests.golden.cases import CASES  # noqa: E402
+from tests.golden.checkpoint import tokens_of  # noqa: E402
+from tests.models.runs import Sequence1, make_artifact, make_executor, relative_error  # noqa: E402
+
+CPU = torch.device("cpu")
+READINGS = (
+    ("f32", "full", "full"),
+    ("bf16", "full", "full"),
+    ("bf16", "bf16", "bf16"),
+    ("int8", "int8", "hi+lo"),
+    ("int8", "int4-w", "hi"),
+    ("planes", "int8", "hi+lo"),
+    ("planes", "int4", "hi"),
+    ("planes", "int4-w", "hi"),
+    ("planes", "int4-w", "hi+lo"),
+)
+
+
+def matrix_of(encoding: str, rows: int, cols: int, group: int = 32) -> Any:
+    values = (np.random.default_rng(rows * cols).normal(size=(rows, cols)) / cols**0.5).astype(np.float32)
+    packed = {
+        "f32": lambda: pack.pack_f32(values),
+        "bf16": lambda: pack.pack_bf16(values),
+        "int8": lambda: rtn.quantize_int8(values, group),
+        "planes": lambda: rtn.quantize_planes(values, group),
+    }[encoding]()
+    return place(packed, CPU)
+
+
+def random(*shape: int, seed: int = 0) -> Any:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def error(ours: Any, theirs: Any) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 18, 130])
+@pytest.mark.parametrize(("encoding", "point", "planes"), READINGS)
+def test_linear(encoding: str, point: str, planes: Any, tokens: int) -> None:
+    for rows, cols, group in ((37, 70, 32), (64, 256, 128)):
+        matrix, x, bias = matrix_of(encoding, rows, cols, group), random(tokens, cols), random(rows, seed=1)
+        ours, wanted = random(tokens, rows, seed=2), random(tokens, rows, seed=2)
+        after = launch.After(bias, True, 0.5, 0.0)
+        if tokens == 1:
+            launch.gemv(ours, x, matrix, POINTS[point], planes, launch.PLAIN, after)
+        else:
+            launch.matmul(ours, x, matrix, POINTS[point], planes, after)
+        wanted = wanted + 0.5 * twins.linear(matrix, x, POINTS[point], planes, bias)
+        wide = point == "int4-w" and tokens >= launch.DEQUANTIZED_FROM  # weights are rounded to bf16 there
+        assert error(ours, wanted) <= (1e-2 if wide else 1e-5)
+
+
+@pytest.mark.parametrize("point", ["int4", "int4-w", "full"])
+def test_what_stands_before_a_vector(point: str) -> None:
+    matrix = matrix_of("f32" if point == "full" else "planes", 40, 96)
+    planes = POINTS[point].planes
+    x, weight = random(1, 96), random(96, seed=3)
+    out = torch.zeros(1, 40)
+    launch.gemv(out, x, matrix, POINTS[point], planes, launch.Before(norm=weight, eps=1e-5), launch.After())
+    wanted = twins.linear(matrix, twins.rms_norm(x, weight, 1e-5), POINTS[point], planes)
+    assert error(out, wanted) <= 1e-2 if point == "int4" else 2e-3  # a code may fall the other way
+    pairs = random(1, 192)
+    for activation in ("silu", "gelu", "gelu_tanh", "relu"):
+        launch.gemv(out, pairs, matrix, POINTS[point], planes, launch.Before(glu=activation), launch.After(softcap=2.0))
+        wanted = twins.softcapped(twins.linear(matrix, twins.glu(pairs, activation), POINTS[point], planes), 2.0)
+        assert error(out, wanted) <= 1e-2
+
+
+def test_codes_of_odd_groups() -> None:
+    """Zero, infinite and NaN groups of activations, as the rule has them."""
+    matrix, x = matrix_of("planes", 33, 128), random(3, 128)
+    x[0, :32] = 0
+    x[1, 40] = float("nan")
+    x[2, 70] = float("inf")
+    many = torch.zeros(3, 33)
+    launch.matmul(many, x, matrix, POINTS["int8"], "hi+lo", launch.After())
+    assert error(many[0], twins.linear(matrix, x, POINTS["int8"], "hi+lo")[0]) <= 1e-6
+    assert many[1:].isnan().all()
+    for row in range(3):
+        one = torch.zeros(1, 33)
+        launch.gemv(one, x[row : row + 1], matrix, POINTS["int8"], "hi+lo", launch.PLAIN, launch.After())
+        assert bool(one.isnan().all()) == (row > 0)
+        if row == 0:
+            assert error(one, many[:1]) <= 1e-5
+
+
+def test_rows_do_not_depend_on_company() -> None:
+    matrix, x = matrix_of("planes", 70, 128), random(16, 128)
+    together, apart = torch.zeros(16, 70), torch.zeros(5, 70)
+    launch.matmul(together, x, matrix, POINTS["int8"], "hi+lo", launch.After())
+    launch.matmul(apart, x[7:12], matrix, POINTS["int8"], "hi+lo", launch.After())
+    np.testing.assert_array_equal(together[7:12].numpy(), apart.numpy())
+
+
+def test_rowwise() -> None:
+    x, weight, bias = random(3, 70), random(70, seed=1), random(70, seed=2)
+    out = torch.zeros(3, 70)
+    launch.norm(out, x, weight, None, 1e-6, layer=False)
+    assert error(out, twins.rms_norm(x, weight, 1e-6)) <= 1e-6
+    launch.norm(out, x, weight, bias, 1e-6, layer=True)
+    assert error(out, twins.layer_norm(x, weight, bias, 1e-6)) <= 1e-6
+    launch.add(out, x)
+    assert error(out, twins.layer_norm(x, weight, bias, 1e-6) + x) <= 1e-6
+    wide, narrow = random(2, 128), torch.zeros(2, 64)
+    for activation in ("silu", "gelu", "gelu_tanh", "relu"):
+        launch.gate(narrow, wide, activation, pairs=True)
+        assert error(narrow, twins.glu(wide, activation)) <= 1e-5
+        launch.gate(narrow, wide[:, :64].contiguous(), activation, pairs=False)
+        assert error(narrow, twins.activate(wide[:, :64], activation).float()) <= 1e-5
+
+
+@pytest.mark.parametrize("encoding", ["f32", "bf16", "int8", "planes"])
+def test_embedding(encoding: str) -> None:
+    table = matrix_of(encoding, 50, 70)
+    ids = torch.tensor([3, 49, 3], dtype=torch.int32)
+    out = torch.ones(3, 70)
+    launch.embed(out, ids, table, 1.5)
+    launch.embed(out, ids, table, 1.0, add=True)
+    assert error(out, 2.5 * table.values("hi+lo", ids.long())) <= 1e-6
+
+
+def test_the_greatest() -> None:
+    logits = random(4, 9000)
+    logits[0, [17, 8999]] = 9.0
+    logits[1, 5000] = float("nan")
+    logits[2] = float("-inf")
+    logits[3, 4095:4097] = 8.0
+    out = torch.zeros(4, dtype=torch.int32)
+    launch.greatest(out, logits)
+    assert out.tolist() == twins.greatest(logits).tolist()
+    assert (out[0], out[2], out[3]) == (17, 0, 4095)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+SHAPES = (
+    (4, 2, 24, 0, 0.0),  # heads, heads of K and V, head_dim, window, softcap
+    (2, 1, 16, 40, 2.0),
+)
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("kv_type", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention(shape: Any, kv_type: Any, split: bool) -> None:
+    """Norm, rotation, paged K and V, then three tokens of one sequence and one of another, in company."""
+    heads, kv_heads, dim, window, softcap = shape
+    width = (heads + 2 * kv_heads) * dim
+    ours, theirs = (make_memory(kv_type, 12, kv_heads, dim, CPU) for _ in range(2))
+    generator = torch.Generator().manual_seed(1)
+    for memory in (ours, theirs):
+        generator.manual_seed(1)
+        past = torch.randn(2, 100, kv_heads, dim, generator=generator)
+        memory.write(torch.arange(100) + 32 * 3, past[0], past[1])  # blocks 3, 4, 5, 6
+    qkv = random(4, width)
+    positions, slots = torch.tensor([97, 98, 99, 4]), torch.tensor([193, 194, 195, 4]) + torch.tensor([0, 0, 0, 32 * 9])
+    q_norm, k_norm = random(dim, seed=4), random(dim, seed=5)
+    rope = rope_table(ops.RopeSpec(8, (1.0, 0.3, 0.1, 0.01)), 128, CPU)
+    heads_ = launch.Heads(
+        heads, kv_heads, dim, heads * dim, (heads + kv_heads) * dim, dim**-0.5, window, softcap,
+        eps=1e-6, q_norm=q_norm, k_norm=k_norm, q_rope=rope, k_rope=rope,
+    )  # fmt: skip
+    q = torch.zeros(4, heads * dim)
+    launch.store(q, qkv, ours, positions.int(), slots.int(), heads_)
+    tables = torch.tensor([[3, 4, 5, 6], [9, 0, 0, 0]])
+    cut = ([0, 1, 2, 3], [1, 1, 1, 1], 1) if split else ([0, 3], [3, 1], 4)
+    queries = Queries(
+        positions.int(), tables.int(), torch.tensor([0, 0, 0, 1]).int(), torch.tensor(cut[0]).int(),
+        torch.tensor(cut[1]).int(), cut[2], 64, 2 if split else 1,
+    )  # fmt: skip
+    out = torch.zeros(4, heads * dim)
+    launch.attend(out, q, ours, queries, heads_)
+
+    cos, sin = (table[positions] for table in rope)
+    wanted_q = twins.rotate(twins.rms_norm(qkv[:, : heads * dim].unflatten(1, (heads, dim)), q_norm, 1e-6), cos, sin)
+    k = qkv[:, heads * dim : (heads + kv_heads) * dim].unflatten(1, (kv_heads, dim))
+    v = qkv[:, (heads + kv_heads) * dim :].unflatten(1, (kv_heads, dim))
+    theirs.write(slots, twins.rotate(twins.rms_norm(k, k_norm, 1e-6), cos, sin), v)
+    assert error(q.view(4, heads, dim), wanted_q) <= 1e-6
+    for mine, twin in zip(ours.parts, theirs.parts, strict=True):
+        assert error(mine.float(), twin.float()) <= 1e-2  # a code may fall the other way
+    for t, (row, position) in enumerate(((0, 97), (0, 98), (0, 99), (1, 4))):
+        keys, values = theirs.read(tables[row], position + 1)
+        wanted = twins.attend(
+            wanted_q[t], keys, values, scale=heads_.scale, window=window, softcap=softcap, int8=kv_type == "int8"
+        )
+        assert error(out[t].view(heads, dim), wanted.float()) <= (1e-5 if kv_type == "f32" else 5e-3)
+
+
+# ---- whole steps ----------------------------------------------------------------------------------------------------
+
+STEPS = (
+    ("llama-odd-bias", "full", "f32", 1e-4),
+    ("gpt2-odd", "bf16", "bf16", 2e-2),
+    (
+        "gemma3-v5",
+        "int8",
+        "int8",
+        5e-2,
+    ),  # an activation code that falls the other way moves a logit by more than rounding
+    ("phi3-short", "int4-w", "bf16", 2e-2),
+)
+
+
+@pytest.fixture
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs, since each costs the interpreter milliseconds; few buckets, so that five tokens are many."""
+    monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_rows=128, gemm_rows=128))
+    monkeypatch.setattr(fast, "BUCKETS", (1, 2, 4))
+
+
+@pytest.mark.parametrize(("name", "point", "kv_type", "bound"), STEPS)
+def test_steps_agree_with_the_twins(
+    name: str, point: str, kv_type: Any, bound: float, tmp_path: Path, large_blocks: None
+) -> None:
+    """Five tokens kernel by kernel, then one, and two with padding, as graphs would have them."""
+    case = next(case for case in CASES if case.name == name)
+    scheme = {"int8": "nested", "int4-w": "nested"}.get(point, point)
+    tokens = tokens_of(case, 9)
+    with make_artifact(case, tmp_path, scheme) as artifact:
+        points = ("int8", "int4-w") if scheme == "nested" else (point,)
+        plan = plan_for(artifact.meta["config"])
+        executor = TorchExecutor(
+            plan, artifact.tensors, artifact.vectors, points=points, kv_type=kv_type, kv_blocks=4, fast=True
+        )
+        slow = make_executor("torch", artifact, points=points, kv_type=kv_type, kv_blocks=4)
+        ours, theirs = (Sequence1(each, point).feed(tokens, [5, 6]) for each in (executor, slow))
+    assert relative_error(ours, theirs) <= bound
+    assert float(np.median(np.abs(ours - theirs))) <= (1e-5 if point == "full" else 5e-3) * np.abs(theirs).max()
+
+
+def test_a_step_of_many_sequences(tmp_path: Path, large_blocks: None) -> None:
+    """Company, rows that are asked for, greedy rows, in both kinds of step."""
+    case = next(case for case in CASES if case.name == "qwen2-tied")
+    with make_artifact(case, tmp_path, "nested") as artifact:
+        plan = plan_for(artifact.meta["config"])
+        found = []
+        for which in (True, False):
+            executor = TorchExecutor(
+                plan, artifact.tensors, artifact.vectors, points=("int8", "int4-w", "int4"), kv_blocks=8, fast=which
+            )
+            for starts, rows in (([0, 1, 3], [0, 2]), ([0, 1, 6], [0, 4, 5])):
+                batch = StepBatch(
+                    np.arange(1, starts[-1] + 1, dtype=np.int32), np.array(starts, np.int32), np.zeros(2, np.int32),
+                    np.array([[5, -1], [2, 3]], np.int32), np.array(rows, np.int32), "int4-w",
+                    np.array([True] * (len(rows) - 1) + [False]),
+                )  # fmt: skip
+                result = executor.step(batch)
+                found.append((which, result.logits[-1].copy(), result.argmax))
+            # the second sequence goes on from a copy of the first one's token, written in the same step
+            batch.past, batch.copies = np.array([0, 1], np.int32), np.array([[0, 2]], np.int32)
+            batch.logit_rows, batch.greedy = np.array([5], np.int32), None
+            result = executor.step(batch)
+            found.append((which, result.logits[-1].copy(), result.argmax))
+    for ours, theirs in zip(found[:3], found[3:], strict=True):
+        assert relative_error(ours[1], theirs[1]) <= 2e-2
+        np.testing.assert_array_equal(ours[2], theirs[2])
+
+
+@pytest.mark.nightly
+def test_kernels_compile_for_a_gpu() -> None:
+    """Triton compiles for a GPU that is not there: every launch of this file's kind, for Hopper."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.engine.compile_kernels"],
+        env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=False, timeout=280,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert "compiled" in run.stdout
+
+
+def test_lowering_fuses_only_what_nobody_reads() -> None:
+    case = next(case for case in CASES if case.name == "llama-gqa-tied")
+    plan = plan_for(case.config)
+    kinds = [type(stage).__name__ for stage in lower(plan)]
+    layer = ["MatrixStage", "AttentionStage", "MatrixStage", "MatrixStage", "MatrixStage"]
+    assert kinds == ["Embed", *layer * 2, "MatrixStage"]
+    matrices = [stage for stage in lower(plan) if isinstance(stage, MatrixStage)]
+    assert [stage.into for stage in matrices] == [None, "x", None, "x"] * 2 + [None]
+    assert all(stage.before is not None for stage in matrices if stage.into is None)
+    twice = ops.Plan(**{f: getattr(plan, f) for f in plan.__slots__} | {"ops": (*plan.ops, ops.Add("x", "h"))})
+    assert [type(stage).__name__ for stage in lower(twice)][-3:] == ["Norm", "MatrixStage", "Add"]
+    attention = next(stage for stage in lower(plan) if isinstance(stage, AttentionStage))
+    assert attention.q_rope is not None and attention.k_norm is None
+
+
+def test_fast_kernels_need_the_interpreter_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from haomiao.errors import InputError
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    case = next(case for case in CASES if case.name == "qwen2-tied")
+    with make_artifact(case, tmp_path, "full") as artifact:
+        plan = plan_for(artifact.meta["config"])
+        with pytest.raises(InputError, match="interpreter"):
+            TorchExecutor(plan, artifact.tensors, artifact.vectors, points=("full",), fast=True)
