@@ -16,7 +16,7 @@ from haomiao.kernels.pack import pack_int8, pack_planes, unpack, unpack_codes, w
 from haomiao.kernels.packed import PackedTensor
 
 UNIT = 30.0
-"""Codes by which a latent moves when its parameter moves by one: a rate of 0.001 moves it by 0.03 codes a step."""
+"""Codes by which a latent moves when its parameter moves by one: a rate of 0.002 moves it by 0.06 codes a step."""
 
 
 class RoundedMatrix:
