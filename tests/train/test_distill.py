@@ -129,7 +129,8 @@ def test_a_pruned_artifact_recovers_and_stays_pruned(folder: Path, tmp_path: Pat
     old, new = Artifact.open(folder / "small"), Artifact.open(tmp_path / "out")
     assert new.meta["errors"]["int4"]["kl"] == report["errors"]["after"]["int4"]["kl"]
     for name, tensor in old.tensors.items():
-        assert not unpack(new.tensors[name])[unpack(tensor) == 0].any()
+        pruned = (unpack(tensor) == 0) & (unpack(tensor, "hi") == 0)  # overlapping planes may sum to zero
+        assert not unpack(new.tensors[name])[pruned].any()
     assert not (tmp_path / "out.partial").exists()
     assert main(["generate", str(tmp_path / "out"), "the red", "--max-tokens", "3", "--threads", "1"]) == 0
 

@@ -44,7 +44,7 @@ def configure(parser: ArgumentParser) -> None:
     )
     add("--epochs", type=options.positive, help="passes over the text (default 3)")
     add("--batch", type=options.positive, help="samples of a step (default 4)")
-    add("--rate", type=options.number, help="peak learning rate (default 0.001)")
+    add("--rate", type=options.number, help="peak learning rate (default 0.002)")
     add("--precision", type=options.one_of(("f32", "bf16")), help="f32 (default), or bf16 by autocast")
     add("--device", type=options.one_of(("auto", "cpu", "cuda")), default="auto", help="auto, cpu or cuda")
     add("--threads", type=options.positive, help="of the CPU [HAOMIAO_THREADS]")

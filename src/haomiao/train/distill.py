@@ -47,7 +47,7 @@ class Distillation:
     top_k: int = 64
     epochs: int = 3
     batch: int = 4
-    rate: float = 1e-3
+    rate: float = 2e-3
     point: str | None = None
     layers: int | None = None
     samples: int = 256

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haomiao.kernels.pack import pack_int8, pack_planes, unpack, unpack_codes
+from haomiao.kernels.pack import pack_int8, pack_planes, unpack, unpack_codes, without_empty
 from haomiao.kernels.packed import PackedTensor
 
 UNIT = 30.0
-"""Codes by which a latent moves when its parameter moves by one: a rate of 0.001 moves it by 0.03 codes a step."""
+"""Codes by which a latent moves when its parameter moves by one: a rate of 0.002 moves it by 0.06 codes a step."""
 
 
 class RoundedMatrix:
@@ -60,8 +60,11 @@ class RoundedMatrix:
             scales = self._rounded_scales().cpu().numpy()
         codes = hi.cpu().numpy().astype(np.int16)
         if self.packed.encoding == "int8":
-            return pack_int8(codes, scales, self.packed.group)
-        return pack_planes(codes, lo, scales, self.packed.group, self.packed.lo_shift if self.nested else 0)
+            made = pack_int8(codes, scales, self.packed.group)
+        else:
+            made = pack_planes(codes, lo, scales, self.packed.group, self.packed.lo_shift if self.nested else 0)
+        # tiles that were not stored are still empty, and so are not stored again
+        return made if self.packed.kept is None else without_empty(made, 0.0)
 
     def _place(self) -> Tensor:
         return self._latent + UNIT * self.parameters["codes"]

@@ -50,8 +50,9 @@ def new_weights(plan: Plan, seed: int, std: float = 0.02) -> dict[str, Tensor]:
 def real_places(spec: WeightSpec) -> np.ndarray[Any, np.dtype[np.float32]]:
     """1 where a matrix [rows, cols] holds the checkpoint's numbers, 0 where it is padded."""
     mask = np.zeros((spec.rows, spec.cols), np.float32)
-    for rows, shape in zip(rows_of(spec), spec.shapes, strict=True):
-        mask[rows, : shape[1]] = 1
+    shapes = dict(zip(spec.sources, spec.shapes, strict=True))
+    for name, rows in rows_of(spec).items():
+        mask[rows, : shapes[name][1]] = 1
     return mask
 
 
@@ -68,17 +69,16 @@ def read_weights(plan: Plan, source: TensorSource) -> dict[str, Tensor]:
 
 
 def checkpoint_tensors(plan: Plan, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under the checkpoint's own name. Raises `UnsupportedModelError` for fused or transposed families."""
+    """Every weight under the checkpoint's own name. Raises `UnsupportedModelError` for families that transpose."""
     for spec in plan.weights.values():
-        if spec.slices or spec.transform == "transpose":
-            raise UnsupportedModelError(
-                f"{plan.family} cannot be written yet: its checkpoints fuse or transpose weights"
-            )
+        if spec.transform == "transpose":
+            raise UnsupportedModelError(f"{plan.family} cannot be written yet: its checkpoints transpose weights")
         values = weights[spec.name].detach().to("cpu", torch.float32)
         if spec.transform == "plus_one":
             values = values - 1
-        for name, rows, shape in zip(spec.sources, rows_of(spec), spec.shapes, strict=True):
-            part = values[torch.from_numpy(rows)]
+        shapes = dict(zip(spec.sources, spec.shapes, strict=True))
+        for name, rows in rows_of(spec).items():
+            part, shape = values[torch.from_numpy(rows)], shapes[name]
             yield name, (part if len(shape) == 1 else part[:, : shape[1]]).to(dtype).contiguous()
 
 
