@@ -153,7 +153,8 @@ class Artifact:
 
 def _agrees(tensor: PackedTensor, stored: int) -> bool:
     """True if the tile mask names that many groups, and none that does not exist."""
-    return bool(np.count_nonzero(tensor.stored) == stored and np.array_equal(pack_mask(tensor.stored), tensor.kept))
+    bits = pack_mask(tensor.stored)
+    return tensor.kept is not None and np.count_nonzero(tensor.stored) == stored and np.array_equal(bits, tensor.kept)
 
 
 def _companions(directory: Path) -> dict[str, Path]:
