@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,26 @@ def test_the_idle_worker_works_and_ends() -> None:
     worker.close()
     driver.close()
     assert worker._thread is not None and not worker._thread.is_alive()
+
+
+def test_an_idle_worker_that_is_closed_while_it_looks_ends() -> None:
+    """`close` may come between the look that finds nothing and the sleep that follows."""
+
+    class Looking:
+        def alone(self, _: object) -> bool:
+            if not closing.is_alive():
+                closing.start()
+            while not (worker._closed.is_set() and worker._work.is_set()):
+                time.sleep(0.001)
+            return False
+
+    worker = IdleWorker(Looking())  # type: ignore[arg-type]
+    closing = threading.Thread(target=worker.close, daemon=True)
+    worker.wake()
+    assert worker._thread is not None
+    worker._thread.join(20)
+    assert not worker._thread.is_alive()
+    closing.join(20)
 
 
 def test_on_the_embedded_model(tmp_path: Path) -> None:

@@ -42,10 +42,10 @@ class IdleWorker:
     def _run(self) -> None:
         while True:
             self._work.wait()
-            if self._closed.wait(PAUSE_S):
+            self._closed.wait(PAUSE_S)
+            self._work.clear()  # before looking: whatever comes from here on, `close` too, sets it again
+            if self._closed.is_set():
                 return
             with contextlib.suppress(InputError):  # the model was closed
-                if not self._driver.alone(lambda engine: engine.idle() or engine.busy):
-                    self._work.clear()
-                    if self._driver.alone(lambda engine: engine.monitor.waiting):  # it came between the two
-                        self._work.set()
+                if self._driver.alone(lambda engine: engine.idle() or engine.busy or engine.monitor.waiting):
+                    self._work.set()
