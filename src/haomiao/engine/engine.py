@@ -98,7 +98,11 @@ class Engine:
         self._looked = False  # the monitor took time in the last step
         self._roster = Roster(self.pool, self._name_blocks, self._speculator.release)
         letterhead = Letterhead(
-            name, int(getattr(executor, "threads", 0)), str(getattr(executor, "isa", "")), dict(errors or {})
+            name,
+            int(getattr(executor, "threads", 0)),
+            str(getattr(executor, "isa", "")),
+            dict(errors or {}),
+            None if cost is None else cost.coverage,
         )
         self._reporter = Reporter(self._roster, letterhead, observers, self.budgets.ended)
         self._haste = Haste(self._roster, self._reporter, self.budgets, cost)
