@@ -10,6 +10,7 @@ from argparse import ArgumentParser, Namespace
 
 from haomiao.cli import options, terminal
 from haomiao.cli.generate import take_words
+from haomiao.progress import ProgressBar
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def run(args: Namespace) -> int:
 
     from haomiao.api import LLM
 
-    with terminal.ProgressBar(quiet=args.quiet) as bar:
+    with ProgressBar(quiet=args.quiet) as bar:
         llm = LLM(model if model is not None else args.model, progress=bar, **options.runtime_options(args))
         try:
             chosen = llm.choose(prompt, args.option, normalize=args.normalize, **options.budget_options(args))
