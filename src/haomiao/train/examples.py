@@ -87,6 +87,15 @@ def encode_pairs(
     return examples, cut
 
 
+def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[list[tuple[int, ...]], int]:
+    """Prompts that leave room for one token in `length`, as `choose` encodes them, and how many lost their beginning.
+    Raises `InputError` for one without tokens."""
+    found = [(*tokenizer.prefix_ids, *tokenizer.encode_part(prompt, True)) for prompt in prompts]
+    if not all(found):
+        raise InputError("a prompt is empty", param="data")
+    return [ids[-(length - 1) :] for ids in found], sum(len(ids) >= length for ids in found)
+
+
 def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Places for training and for validation: a fixed choice by `seed`, at least one of each."""
     order = np.random.Generator(np.random.Philox([seed, 1])).permutation(count).tolist()
@@ -95,8 +104,13 @@ def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
 
 
 def batch_of(examples: Sequence[Example], seed: int, step: int, size: int) -> tuple[Ids, Ids]:
-    """The batch of step `step`, a function of these arguments alone: (ids, targets), [size, longest]. An epoch takes
-    every example once (but for the last few that do not fill a batch), in another order each time."""
+    """The batch of step `step` (`taken`) as (ids, targets), [size, longest]."""
+    return padded(taken(examples, seed, step, size))
+
+
+def taken(examples: Sequence[Example], seed: int, step: int, size: int) -> list[Example]:
+    """The examples of step `step`, a function of these arguments alone. An epoch takes every example once (but for the
+    last few that do not fill a batch), in another order each time."""
     size = min(size, len(examples))
     count = len(examples) // size
     epoch, place = divmod(step, count)
@@ -107,7 +121,7 @@ def batch_of(examples: Sequence[Example], seed: int, step: int, size: int) -> tu
         part = order[begin : begin + chunk]
         order[begin : begin + chunk] = part[np.argsort([len(examples[i].ids) for i in part], kind="stable")]
     batches = order.reshape(count, size)[random.permutation(count)]
-    return padded([examples[i] for i in batches[place]])
+    return [examples[i] for i in batches[place]]
 
 
 def padded(examples: Sequence[Example]) -> tuple[Ids, Ids]:
