@@ -142,13 +142,13 @@ def drawn(results: dict[str, Any]) -> str:
     marks = []
     for name in ("en", "zh"):
         if name in results:
-            gain = results[name]["gain"]["over"]
+            order = results[name]["gain"]["over"]
             marks += [
-                (f"{name}, held out", results[name]["model"]["nats_token"][0], "#1f6feb"),
-                (f"{name}, {gain}-gram".replace("order ", ""), results[name][gain]["nats_token"][0], "#999"),
+                (f"{name}, held out", results[name]["model"]["nats_token"][0], "#1f6feb", -3),
+                (f"{name}, {order.removeprefix('order ')}-gram", results[name][order]["nats_token"][0], "#888", 9),
             ]
     most = max([p["tokens"] for p in points], default=1)
-    values = [p["loss"] for p in points] + [value for _, value, _ in marks]
+    values = [p["loss"] for p in points] + [value for _, value, _, _ in marks]
     low, high = min(values) - 0.3, max(values) + 0.3
 
     def place(tokens: float, loss: float) -> tuple[float, float]:
@@ -170,10 +170,10 @@ def drawn(results: dict[str, Any]) -> str:
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         x, _ = place(share * most, low)
         out.append(f'<text x="{x:.1f}" y="{top + tall + 16}" text-anchor="middle">{share * most / 1e6:.0f} M</text>')
-    for text, value, colour in marks:
+    for text, value, colour, below in marks:
         _, y = place(most, value)
         out.append(f'<path d="M{left} {y:.1f}H{left + inner}" stroke="{colour}" stroke-dasharray="4 3"/>')
-        out.append(f'<text x="{left + inner + 6}" y="{y + 4:.1f}" fill="{colour}">{text} {value:.2f}</text>')
+        out.append(f'<text x="{left + inner + 6}" y="{y + below:.1f}" fill="{colour}">{text} {value:.2f}</text>')
     out.append(f'<text x="{left + inner / 2:.0f}" y="{height - 6}" text-anchor="middle">tokens seen</text>')
     out.append(f'<text x="{left}" y="12">nats per token; the line: training loss, both languages</text></svg>')
     return "\n".join(out) + "\n"

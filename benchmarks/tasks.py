@@ -121,10 +121,10 @@ def judge(folder: Path, rows: Rows, point: str, threads: int) -> tuple[list[floa
     path = folder / ("artifact" if point != "full" else "model")
     with LLM(str(path), point=point, threads=threads, max_context=256, speculate="off") as llm:
         for text, _ in rows[:WARMING]:
-            llm.choose(f"{text}\n", llm.labels)
+            llm.decide(text)
         for text, label in rows:
             began = time.perf_counter()
-            choice = llm.choose(f"{text}\n", llm.labels)
+            choice = llm.decide(text)
             took.append(1e3 * (time.perf_counter() - began))
             right.append(float(choice.option == label))
     return right, took

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from haomiao import LLM
+from haomiao.cli.main import main
+from haomiao.errors import InputError
 from haomiao.models.open import embedded_path
 from haomiao.text.tokenizer import Tokenizer
 
@@ -22,7 +24,7 @@ def taught(folder: Path, labels: Any) -> Path:
     """The embedded model, as if it had been taught labels."""
     shutil.copytree(embedded_path(), folder)
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"haomiao": {"labels": labels}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"haomiao": {"labels": labels, "prompt": "{text}\n"}}))
     return folder
 
 
@@ -53,6 +55,22 @@ def test_session_and_batch_choose_alike(llm: LLM) -> None:
     assert llm.choose(llm.tokenize(prompt, special=True), llm.labels).scores == alone.scores
 
 
+def test_decide_asks_as_it_was_taught(llm: LLM) -> None:
+    alone = llm.choose("it is dark in here\n", llm.labels)
+    found = llm.decide("it is dark in here")
+    assert (found.option, found.scores) == (alone.option, alone.scores)
+    with LLM(threads=1) as plain, pytest.raises(InputError, match="taught no labels"):
+        plain.decide("it is dark in here")
+
+
+def test_the_command_needs_no_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(taught(tmp_path / "model", LABELS))
+    assert main(["choose", folder, "it is dark in here", "--quiet", "--threads", "1"]) == 0
+    assert capsys.readouterr().out.strip() in LABELS
+    assert main(["choose", "it is dark in here", "--quiet", "--threads", "1"]) == 2
+    assert "taught no labels" in capsys.readouterr().err
+
+
 def test_other_options_are_text(llm: LLM) -> None:
     with LLM(threads=1, point="int8") as plain:
         assert plain.labels == ()
@@ -64,7 +82,7 @@ def test_saving_keeps_labels(llm: LLM, tmp_path: Path) -> None:
     assert llm._requests.tokenizer is not None
     llm._requests.tokenizer.save(tmp_path)
     again = Tokenizer(tmp_path)
-    assert again.labels == LABELS
+    assert (again.labels, again.label_prompt) == (LABELS, "{text}\n")
     assert again.encode_options(["music", "关灯"]) == [[77], [8001]]
     assert again.encode_options(["music", "dance"]) == [again.encode_part(text, False) for text in ("music", "dance")]
 

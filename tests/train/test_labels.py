@@ -65,11 +65,11 @@ def test_gaps_leave_the_ends(ids: list[int], share: float, seed: int) -> None:
 def test_tokenizer_config_keeps_what_it_said(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer_config.json"
     path.write_text('{"model_max_length": 7, "haomiao": {"tokenizer": "tokenizer.model"}}')
-    written = module.tokenizer_config(path, {"gut": 3, "好": 4})
-    again = module.tokenizer_config(written, {"gut": 5})
+    written = module.tokenizer_config(path, {"gut": 3, "好": 4}, "{text}?")
+    again = module.tokenizer_config(written, {"gut": 5}, "{text}: ")
     assert module.parse_object(again, "f") == {
         "model_max_length": 7,
-        "haomiao": {"tokenizer": "tokenizer.model", "labels": {"gut": 5}},
+        "haomiao": {"tokenizer": "tokenizer.model", "labels": {"gut": 5}, "prompt": "{text}: "},
     }
 
 

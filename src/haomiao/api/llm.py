@@ -163,6 +163,16 @@ class LLM:
         """What a model that `haomiao finetune` taught labels of text chooses among; empty for any other."""
         return () if self.tokenizer is None else tuple(self.tokenizer.labels)
 
+    def decide(self, text: str, *, point: str | None = None, **budget: Any) -> Choice:
+        """The label of `text`, among `labels`, asked as the model was taught: one prefill, one row of logits. Raises
+        `InputError` if the model was taught none."""
+        if not self.labels:
+            raise InputError(
+                "this model was taught no labels: name options, or see `haomiao finetune`", param="options"
+            )
+        prompt = self._requests.need_tokenizer().label_prompt.replace("{text}", text)
+        return self.choose(prompt, self.labels, point=point, **budget)
+
     # ---- for programs that step themselves (serve) ------------------------------------------------------------------
 
     @property

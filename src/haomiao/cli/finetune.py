@@ -10,10 +10,13 @@ goes on with the same command. Needs PyTorch: pip install 'haomiao[torch]'.
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from haomiao.cli import options, terminal
 from haomiao.errors import InputError
+from haomiao.progress import ProgressBar
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("f32", "bf16")
@@ -76,7 +79,6 @@ def run(args: Namespace) -> int:
         raise InputError("--alpha means nothing without --lora", param="alpha")
 
     from haomiao.measure.task import DEFAULT_TEMPLATE
-    from haomiao.train.command import Live
     from haomiao.train.examples import read_pairs
     from haomiao.train.finetune import Finetuning, finetune
     from haomiao.train.starting import open_starting
@@ -90,7 +92,7 @@ def run(args: Namespace) -> int:
     coded = data.labels and not args.label_text
     settings = Finetuning.of_labels(**given) if coded else Finetuning(**given)
     start = open_starting(model, revision=args.revision, offline=args.offline)
-    with Live(quiet=args.quiet) as live:
+    with ProgressBar(quiet=args.quiet, counted=True) as bar:
         report = finetune(
             start,
             data,
@@ -100,18 +102,16 @@ def run(args: Namespace) -> int:
             device=args.device,
             threads=args.threads,
             restart=args.restart,
-            tell=live,
+            tell=bar,
             note=None if args.quiet else terminal.note,
         )
-    if report is None:
-        terminal.note("stopped; the same command goes on")
-        return 130
-    if args.json:
-        terminal.write_json({"path": args.output, **report})
-    elif not args.quiet:
-        right, began = 100 * (1 - report["error"]), 100 * (1 - report["began_with"])
-        what = ("nats", "right") if coded else ("nats/token", "completed exactly")
-        figures = f"{report['loss']:.4f} {what[0]}, {right:.1f} % {what[1]} ({began:.1f} % before)"
-        learnt = f"{report['examples']} examples, {report['steps']} steps"
-        terminal.note(f"{args.output}: {learnt}; held out ({report['validation']}): {figures}")
-    return 0
+    return terminal.tell_learnt(args, report, told)
+
+
+def told(out: str, report: Mapping[str, Any]) -> list[str]:
+    """What was learnt, for a person."""
+    right, began = 100 * (1 - report["error"]), 100 * (1 - report["began_with"])
+    what = ("nats", "right") if report["labels"] else ("nats/token", "completed exactly")
+    figures = f"{report['loss']:.4f} {what[0]}, {right:.1f} % {what[1]} ({began:.1f} % before)"
+    learnt = f"{report['examples']} examples, {report['steps']} steps"
+    return [f"{out}: {learnt}; held out ({report['validation']}): {figures}"]

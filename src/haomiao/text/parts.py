@@ -78,6 +78,13 @@ def labels_of(config: Mapping[str, Any]) -> dict[str, int]:
     return dict(found) if all(type(id_) is int and 0 <= id_ <= MAX_TOKEN_ID for id_ in found.values()) else {}
 
 
+def label_prompt_of(config: Mapping[str, Any]) -> str:
+    """The prompt whose labels these are, `{text}` standing for the text; plain text where the file does not say."""
+    marker = config.get("haomiao")
+    found = marker.get("prompt") if isinstance(marker, dict) else None
+    return found if isinstance(found, str) and "{text}" in found else "{text}"
+
+
 @contextmanager
 def guarded(what: str, error: type[HaomiaoError] = ModelError) -> Iterator[None]:
     """Turn whatever the library throws into `error("what: reason")`; our own errors pass unchanged."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from haomiao.errors import InputError, ModelError, ModelNotFoundError
 from haomiao.text import decoding
-from haomiao.text.parts import Parts, guarded, labels_of
+from haomiao.text.parts import Parts, guarded, label_prompt_of, labels_of
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -75,6 +75,8 @@ class Tokenizer:
         """One more than the greatest id. A model's head may be larger (padded)."""
         self.labels = labels_of(parts.config)
         """Label -> the one token that a model which was fine-tuned to choose answers it with; empty for any other."""
+        self.label_prompt = label_prompt_of(parts.config)
+        """What it was asked with: `{text}` stands for the text that has a label."""
 
     @property
     def backend(self) -> Backend:

@@ -40,6 +40,8 @@ class Pairs:
 
     pairs: tuple[tuple[str, str], ...]
     labels: bool
+    template: str = DEFAULT_TEMPLATE
+    """Made the prompts out of labelled text."""
 
 
 def read_pairs(text: str, where: str, *, template: str = DEFAULT_TEMPLATE) -> Pairs:
@@ -48,7 +50,7 @@ def read_pairs(text: str, where: str, *, template: str = DEFAULT_TEMPLATE) -> Pa
     if lines and lines[0].lstrip().startswith("{") and '"completion"' in lines[0]:
         return Pairs(tuple(_completions(lines, where)), False)
     questions = read_questions(text, where, template=template)
-    return Pairs(tuple((q.prompt, q.choices[q.answer]) for q in questions), True)
+    return Pairs(tuple((q.prompt, q.choices[q.answer]) for q in questions), True, template)
 
 
 def _completions(lines: Sequence[str], where: str) -> list[tuple[str, str]]:

@@ -215,9 +215,10 @@ def finetune(
             figures = task.validate()
         files = dict(model.files) | {TRAINING_LOG: (partial / LOG).read_bytes()}
         if coded is not None:
-            files[TOKENIZER_CONFIG] = tokenizer_config(files.get(TOKENIZER_CONFIG), coded.codes)
+            files[TOKENIZER_CONFIG] = tokenizer_config(files.get(TOKENIZER_CONFIG), coded.codes, data.template)
         write_checkpoint(out, plan, whole, model.config, files, dtype="float32")
         report = {"examples": len(learnt), "validation": len(judged), "steps": loop.step, **figures}
+        report["labels"] = 0 if coded is None else len(coded.codes)
         report["began_with"] = read_log(partial)[0]["valid_error"]
     shutil.rmtree(partial, ignore_errors=True)
     return report

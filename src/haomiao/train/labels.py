@@ -161,10 +161,10 @@ class Choices:
         return {"loss": nats / len(by_length), "error": wrong / len(by_length)}
 
 
-def tokenizer_config(written: Path | bytes | None, codes: Mapping[str, int]) -> bytes:
-    """A tokenizer_config.json that names the codes, as `Tokenizer.labels` reads them."""
+def tokenizer_config(written: Path | bytes | None, codes: Mapping[str, int], template: str) -> bytes:
+    """A tokenizer_config.json that names the codes and the form of prompts, as `Tokenizer.labels` reads them."""
     data = written.read_bytes() if isinstance(written, Path) else written
     config: dict[str, Any] = {} if data is None else parse_object(data, "tokenizer_config.json")
     marker = config.get("haomiao")
-    config["haomiao"] = {**(marker if isinstance(marker, dict) else {}), "labels": dict(codes)}
+    config["haomiao"] = {**(marker if isinstance(marker, dict) else {}), "labels": dict(codes), "prompt": template}
     return (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode()
