@@ -217,6 +217,24 @@ def test_what_only_the_load_forbids_may_come_again() -> None:
         admit(0, one, [], MACHINE, Times(), 0, free_ns=8 * MS)
 
 
+def test_a_forecast_that_was_too_wide_lately_is_believed_less() -> None:
+    """The newcomer's own end alone: neither the promises of others nor its first token stand on it."""
+    one = work(1, 10, 20, 5, deadline_ns=10 * MS)
+    late: dict[str, Any] = {"free_ns": 8 * MS}
+    assert admit(0, one, [], MACHINE, Times(), 0, **late, stretch=0.8) is not None
+    for stretch in (0.9, 1.0, 2.0):
+        with pytest.raises(OverloadError):
+            admit(0, one, [], MACHINE, Times(), 0, **late, stretch=stretch)
+    with pytest.raises(OverloadError):  # half of it is believed in any case
+        admit(0, one, [], MACHINE, Times(), 0, free_ns=20 * MS, stretch=0.01)
+    first = replace(one, deadline_ns=None, first_ns=8 * MS)
+    with pytest.raises(OverloadError):
+        admit(0, first, [], MACHINE, Times(), 0, **late, stretch=0.8)
+    admitted, newcomer = work(1, 0, 20, 20, deadline_ns=12 * MS), work(2, 60, 5, 5, deadline_ns=50 * MS)
+    with pytest.raises(OverloadError):
+        admit(0, newcomer, [admitted], MACHINE, Times(), 0, free_ns=0, stretch=0.5)
+
+
 def test_nobody_is_admitted_at_the_cost_of_a_promise() -> None:
     admitted = work(1, 0, 20, 20, deadline_ns=12 * MS)
     newcomer = work(2, 60, 5, 5, deadline_ns=50 * MS)

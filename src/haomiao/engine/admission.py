@@ -19,6 +19,8 @@ from haomiao.errors import BudgetError, ContextLengthError, InputError, KvExhaus
 from haomiao.types import KV_BLOCK_TOKENS, POINTS
 
 MAX_OPTIONS = 1024
+LEAST_STRETCH = 0.5
+"""However wide forecasts were lately, no more of one is disbelieved when it is judged by a budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,9 @@ def admit(
     """The predicted bound on a work's end and the forecast under it, as absolute times; None if nothing is known about
     time, or it has no budget. `others` was admitted before and goes on from `free_ns`, when the step that runs now
     ends; those of them without a budget get `floor_ns` now and then and else wait. `level` is where the throttle
-    stands. `stretch` is what requests took beyond their forecast.
+    stands. `stretch` is what such requests took beyond their forecast, at the stated coverage: what is promised is the
+    forecast times that, and where forecasts were too wide the budget is judged by the same. (Where they were too narrow
+    it is not: that was company which came later, and who comes later is refused if it would break a promise.)
 
     Raises `BudgetError` if not even an idle machine could keep the budget, `OverloadError` if only the load forbids it.
     """
@@ -139,7 +143,7 @@ def admit(
             param="budget_ms",
             predicted_ms=needed / 1e6,
         )
-    finish = loaded[work.key]
+    finish = loaded[work.key].sooner(now, max(stretch, LEAST_STRETCH))
     if not finish.keeps(work) or _breaks(before, loaded, machine, cost, begun, floor_ns):
         needed = min(_late_by(work, finish.first_ns, finish.end_ns), NEVER >> 8)
         raise OverloadError(

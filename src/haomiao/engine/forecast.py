@@ -77,6 +77,12 @@ class Finish:
         late = work.deadline_ns is not None and self.end_ns > work.deadline_ns
         return not late and (work.first_ns is None or self.first_ns <= work.first_ns)
 
+    def sooner(self, now: int, share: float) -> Finish:
+        """The same if the end comes after that share of the time from `now` on; a share above 1 changes nothing."""
+        if share >= 1.0 or self.end_ns >= NEVER:
+            return self
+        return Finish(self.first_ns, now + int((self.end_ns - now) * share))
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
