@@ -17,6 +17,7 @@ from collections.abc import Sequence as SequenceOf
 from haomiao.engine import scheduler
 from haomiao.engine.account import Letterhead
 from haomiao.engine.admission import Limits, check_request
+from haomiao.engine.alike import plan
 from haomiao.engine.batch import Share, make_batch, shape_of, work_of
 from haomiao.engine.budgets import Budgets
 from haomiao.engine.cost import LearningCost, StepShape
@@ -56,6 +57,7 @@ class Engine:
         executor: Executor,
         *,
         eos_ids: SequenceOf[int] = (),
+        final_ids: Iterable[int] = (),
         max_context: int,
         prefix_cache: bool = True,
         model_key: str = "",
@@ -70,12 +72,15 @@ class Engine:
         speculator: Speculator | None = None,
         monitor: Monitor | None = None,
     ) -> None:
-        """`model_key` identifies the weights: prefix blocks of another key are never used. `name` and `errors` (the
-        artifact's mean KL by point) go on receipts. `point` is where requests run, `points` are those that a budget may
-        lower them to (default: all of the executor's). `max_requests` are queued or running before `OverloadError`.
-        `speculator` drafts tokens, `monitor` measures the live error; they are closed with the engine."""
+        """`final_ids` are tokens that are a whole answer (codes of labels): a choice among options that end with them
+        needs no score of their end, and so, if each is one token, one row of logits. `model_key` identifies the
+        weights: prefix blocks of another key are never used. `name` and `errors` (the artifact's mean KL by point) go
+        on receipts. `point` is where requests run, `points` are those that a budget may lower them to (default: all of
+        the executor's). `max_requests` are queued or running before `OverloadError`. `speculator` drafts tokens,
+        `monitor` measures the live error; they are closed with the engine."""
         self.executor = executor
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
+        self._final_ids = frozenset(final_ids)
         self.limits = Limits(executor.vocab_size, max_context, executor.kv_blocks, tuple(executor.points))
         self.point = point if point is not None else executor.points[0]
         self.pool = BlockPool(executor.kv_blocks, executor.kv_bytes_per_block, executor.copy_blocks)
@@ -98,7 +103,11 @@ class Engine:
         self._looked = False  # the monitor took time in the last step
         self._roster = Roster(self.pool, self._name_blocks, self._speculator.release)
         letterhead = Letterhead(
-            name, int(getattr(executor, "threads", 0)), str(getattr(executor, "isa", "")), dict(errors or {})
+            name,
+            int(getattr(executor, "threads", 0)),
+            str(getattr(executor, "isa", "")),
+            dict(errors or {}),
+            None if cost is None else cost.coverage,
         )
         self._reporter = Reporter(self._roster, letterhead, observers, self.budgets.ended)
         self._haste = Haste(self._roster, self._reporter, self.budgets, cost)
@@ -267,13 +276,14 @@ class Engine:
             raise OverloadError(f"{self._max_requests} requests are queued or running already", retry_after_ms=1000.0)
         now = self._clock()
         seed = request.sampling.seed
+        ends_itself = request.work == "choose" and all(option[-1] in self._final_ids for option in request.options)
         return Job(
             id=next(self._ids),
             request=request,
             points=(request.point or self.point,),
             arrival_ns=now if request.arrival_ns is None else request.arrival_ns,
             seed=fresh_seed() if seed is None else seed,
-            eos_ids=self.eos_ids,
+            eos_ids=() if ends_itself else self.eos_ids,
             vocab_size=self.executor.vocab_size,
         )
 
@@ -318,7 +328,7 @@ class Engine:
                 self._max_sequences,
                 self.budgets.chunk_tokens(),
             )
-            step_plan = scheduler.plan(now, state, self.cost)
+            step_plan = plan(now, state, self.cost, self._roster)
             if step_plan.blocked and (self.monitor.give_way() or self.held.drop_oldest()):
                 continue
             for key in step_plan.preempt:
