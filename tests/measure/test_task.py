@@ -74,6 +74,7 @@ def test_columns_and_keys_are_named(text: str, fields: Fields) -> None:
     ("text", "fields", "message"),
     [
         ("a\tb\tc\nd\te\tf\n", Fields(), "3 columns: say with --text-field"),
+        ("text\tlabel\na\tup\nb\tup\n", Fields(), "every label is 'up'"),
         ("a\tb\tc\nd\te\n", Fields("1", "2"), "line 2 has another number"),
         ("a\tb\nd\te\n", Fields("1", "3"), "no column '3' among 2"),
         ("a\tb\nd\te\n", Fields("1", "1"), "say with"),

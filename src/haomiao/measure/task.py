@@ -133,6 +133,8 @@ def _labels(records: Sequence[Mapping[str, Any]], where: str) -> tuple[str, ...]
     labels = sorted({str(record["answer"]) for record in records if record["choices"] is None})
     if len(labels) > MAX_CHOICES:
         raise InputError(f"{where}: {len(labels)} different labels, at most {MAX_CHOICES} are choices", param="task")
+    if len(labels) == 1:
+        raise InputError(f"{where}: every label is {labels[0][:64]!r}: a choice needs two", param="task")
     return tuple(labels)
 
 
