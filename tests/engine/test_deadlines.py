@@ -97,6 +97,17 @@ def points_of(events: Sequence[Any], request_id: int) -> list[str]:
     return [each.point for each in events if isinstance(each, TokenEvent) and each.request_id == request_id]
 
 
+def test_who_has_no_budget_teaches_what_forecasts_are_worth() -> None:
+    """Two dozen of a class, and no more: from then on those teach that have budgets. Nothing was promised to them."""
+    engine, _, _ = world()
+    promises = engine.budgets.promises
+    for number in range(40):
+        assert promises.stretch(1) == 1.0 if number < 24 else 0.7 < promises.stretch(1) < 0.85
+        engine.submit(ask(prompt_of(20, seed=number), work="choose", options=((1, 2), (3, 4))))
+        engine.run_until()
+    assert promises.knows(1) and not promises.knows(10) and promises.stated == 0
+
+
 # ---- one request ----------------------------------------------------------------------------------------------------
 
 

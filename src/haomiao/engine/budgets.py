@@ -16,7 +16,7 @@ from haomiao.engine import throttle
 from haomiao.engine.admission import admit, ladder_of, permitted
 from haomiao.engine.batch import work_of_new
 from haomiao.engine.cost import COVERAGE, LearningCost, StepShape
-from haomiao.engine.forecast import Machine, Work, forecast
+from haomiao.engine.forecast import NEVER, Machine, Work, forecast
 from haomiao.engine.lengths import AnswerLengths
 from haomiao.engine.promises import Promises
 from haomiao.engine.request import EngineRequest, FinishDetail
@@ -117,6 +117,14 @@ class Budgets:
                 if found is not None:
                     job.promised_ns, job.forecast_ns = found
                     job.admitted_ns = now
+            elif (
+                job.request.work in ("generate", "choose")
+                and not self.promises.knows(1 + work.decode)
+                and all(other.guest for other in others)
+            ):
+                done = forecast(free, [*others, work], self._machine(), self._cost, self.gear.level)
+                if done is not None and done[work.key].end_ns < NEVER:
+                    job.forecast_ns, job.admitted_ns = done[work.key].end_ns, now
             self._since[job.id] = work
 
     def _shortest(self, request: EngineRequest) -> int | None:
@@ -203,13 +211,16 @@ class Budgets:
             self._lengths.record(
                 params.max_tokens, sequence.produced, whole=detail not in ("max_tokens", "budget_exhausted")
             )
-        if job.promised_ns is None or job.forecast_ns is None:
+        if job.forecast_ns is None:
             return
         if sequence.sample and job.request.work == "generate":  # the first sample speaks for all; a choice has options
             return
         whole = detail == "done" or sequence.produced >= job.expected
         actual, forecast = now - job.admitted_ns, job.forecast_ns - job.admitted_ns
-        self.promises.record(job.expected, forecast, actual, kept=now <= job.promised_ns, whole=whole)
+        if job.promised_ns is None:
+            self.promises.learn(job.expected, forecast, actual, whole=whole)
+        else:
+            self.promises.record(job.expected, forecast, actual, kept=now <= job.promised_ns, whole=whole)
 
     # ---- sizes ----------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,16 @@ class Promises:
         ratios = self._ratios[self._class(steps)]
         return ratios.value if ratios.value is not None and len(ratios) >= ENOUGH else 1.0
 
+    def knows(self, steps: int) -> bool:
+        """True if enough requests of so many steps ended."""
+        return len(self._ratios[self._class(steps)]) >= ENOUGH
+
+    def learn(self, steps: int, forecast_ns: int, actual_ns: int, *, whole: bool) -> None:
+        """A request ended that was promised nothing, among others like it. It teaches until enough is known: a class
+        that is refused from the start would teach nothing."""
+        if whole and not self.knows(steps):
+            self._ratios[self._class(steps)].extend([actual_ns / max(1, forecast_ns)])
+
     def record(self, steps: int, forecast_ns: int, actual_ns: int, *, kept: bool, whole: bool) -> None:
         """A request ended. Only those that ran as far as was forecast teach something about time."""
         self.stated += 1
