@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+EXIT_INTERRUPTED = 130
+"""128 + SIGINT, as a shell counts: stopped by Ctrl-C."""
+
 
 class HaomiaoError(Exception):
     """Base of every error that a user may see. `str(error)` is one line."""
@@ -148,7 +151,7 @@ class CancelledError(HaomiaoError):
     """The client went away or cancelled."""
 
     status = 499
-    exit_code = 130
+    exit_code = EXIT_INTERRUPTED
     type = "cancelled"
     default_code = "cancelled"
 

@@ -178,7 +178,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path: Path, monke
 
     def full(self: Any, stage: str, *rest: Any) -> None:
         if stage == "0003":
-            with workspace.disk_errors(self.folder / "x"):
+            with workspace.disk_errors(self.folder / "x", kept=True):
                 raise OSError(28, "No space left on device")
         saved(self, stage, *rest)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -231,3 +232,24 @@ def done_of(events: Sequence[Event], request_id: int, sample: int = 0) -> DoneEv
 def prompt_of(length: int, seed: int = 0, vocab_size: int = VOCAB) -> list[int]:
     """A random prompt without the end-of-sequence token."""
     return [int(token) for token in np.random.default_rng(seed).integers(1, vocab_size, size=length)]
+
+
+def alone(request: EngineRequest, **options: Any) -> tuple[list[int], list[float]]:
+    """Tokens and logprobs of a request that has an engine to itself, without prefix reuse."""
+    engine = make_engine(FakeExecutor(max_step_tokens=512), prefix_cache=False)
+    return answer(engine, engine.submit(request))
+
+
+def answer(engine: Engine, request_id: int, sample: int = 0) -> tuple[list[int], list[float]]:
+    events = engine.run_until(request_id)
+    return collected(events, request_id, sample)
+
+
+def collected(events: list[Any], request_id: int, sample: int = 0) -> tuple[list[int], list[float]]:
+    logprobs = [
+        entry.logprob
+        for event in events
+        if not isinstance(event, DoneEvent) and (event.request_id, event.sample) == (request_id, sample)
+        for entry in event.logprobs or ()
+    ]
+    return tokens_of(events, request_id, sample), logprobs

@@ -1,10 +1,9 @@
-"""The native executor: agreement with the reference, bits that depend on nothing but the request, hostile batches."""
+"""The native executor: agreement with the reference, bits that depend on nothing but the request."""
 
 from __future__ import annotations
 
 import os
 import threading
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,46 +12,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haomiao.engine.executors.native import NativeExecutor
 from haomiao.engine.executors.reference import ReferenceExecutor
-from haomiao.errors import InputError, ModelError, UnavailableError, UnsupportedModelError
-from haomiao.kernels import pack
+from haomiao.errors import InputError, ModelError
 from haomiao.kernels.isa import available
-from haomiao.models import plan as ops
 from haomiao.types import KV_BLOCK_TOKENS, Executor
 from tests.engine.tiny import (
+    KV,
+    SHAPES,
     STORED_AS,
-    Model,
     Shape,
     Span,
+    assert_same_bits,
     blocks_for,
     make_batch,
     make_model,
+    native,
     run_alone,
+    tokens_of,
 )
-
-KV = ("f32", "bf16", "int8")
-SHAPES = {
-    "llama": Shape(),
-    "qwen3": Shape(qk_norm=True, heads=6, kv_heads=2, head_dim=16),
-    "gemma": Shape(post_norm=True, softcap=6.0, window=40, head_dim=64, heads=2, kv_heads=1),
-    "gpt2": Shape(norm="layer", bias=True, glu=False, rope=False, positions=True, kv_heads=4, neurons=80),
-    "odd": Shape(hidden=72, heads=3, kv_heads=3, head_dim=24, vocab=77, bias=True),
-}
-
-
-def native(model: Model, *points: str, **options: Any) -> NativeExecutor:
-    settings: dict[str, Any] = {"kv_blocks": 64, "max_step_tokens": 256, "threads": 2, "pin": False, **options}
-    return NativeExecutor(model.plan, model.tensors, model.vectors, points=points, **settings)
-
-
-def tokens_of(n: int, seed: int = 0, vocab: int = 77) -> Any:
-    return np.random.default_rng(seed).integers(0, vocab, n).astype(np.int32)
-
-
-def assert_same_bits(a: Any, b: Any) -> None:
-    np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
-
 
 # ---- answers --------------------------------------------------------------------------------------------------------
 
@@ -199,11 +176,6 @@ def test_copied_blocks_hold_the_same() -> None:
     assert_same_bits(executor.step(make_batch([span], "int4")).logits[0].copy(), expected)
 
 
-# ---- what cannot be -------------------------------------------------------------------------------------------------
-
-I32_EDGES = st.one_of(st.integers(-3, 12), st.sampled_from([-(2**31), 2**31 - 1, 2**30, 100, 76, 77]))
-
-
 @pytest.mark.parametrize("kv", KV)
 @given(
     past=st.integers(0, 70),
@@ -238,157 +210,6 @@ def test_sequences_may_branch_off_within_a_step(kv: Any, past: int, new: int, si
     for each, expected in zip(branches, whole, strict=True):
         assert_same_bits(found[at : at + len(each)], expected[size:])
         at += len(each)
-
-
-@given(
-    token_ids=st.lists(st.integers(-1, 101), min_size=0, max_size=12),
-    span_starts=st.lists(I32_EDGES, min_size=0, max_size=5),
-    past=st.lists(I32_EDGES, min_size=0, max_size=4),
-    tables=st.lists(I32_EDGES, min_size=0, max_size=8),
-    rows=st.lists(I32_EDGES, min_size=0, max_size=4),
-    copies=st.lists(st.tuples(I32_EDGES, I32_EDGES), max_size=3),
-    columns=st.integers(1, 4),
-    honest=st.booleans(),
-)
-@settings(max_examples=400, deadline=None)
-def test_hostile_batches_are_refused_in_one_line(
-    token_ids: list[int],
-    span_starts: list[int],
-    past: list[int],
-    tables: list[int],
-    rows: list[int],
-    copies: list[tuple[int, int]],
-    columns: int,
-    honest: bool,
-) -> None:
-    batch = make_batch([Span(tokens_of(6), 0, blocks_for(6))], "int4")
-    table = np.array(tables[: len(tables) // columns * columns], np.int32).reshape(-1, columns)
-    hostile = replace(batch, past=np.array(past, np.int32), block_tables=table, logit_rows=np.array(rows, np.int32))
-    if not honest:
-        ids, starts = np.array(token_ids, np.int32), np.array(span_starts, np.int32)
-        hostile = replace(hostile, token_ids=ids, span_starts=starts)
-    hostile.copies = np.array(copies, np.int32).reshape(-1, 2)
-    try:
-        result = HOSTILE.step(hostile)
-    except InputError as error:
-        assert "\n" not in str(error)
-    else:
-        assert result.logits.shape == (len(rows), HOSTILE.vocab_size)
-    assert_same_bits(HOSTILE.step(batch).logits.copy(), HOSTILE_EXPECTED)
-
-
-HOSTILE = native(make_model(Shape(), "planes"), "int4", kv_blocks=8, max_step_tokens=10)
-HOSTILE_EXPECTED = HOSTILE.step(make_batch([Span(tokens_of(6), 0, blocks_for(6))], "int4")).logits.copy()
-
-
-def bad(batch: Any, **changes: Any) -> Any:
-    return replace(batch, **{k: np.array(v, np.int32) if isinstance(v, list) else v for k, v in changes.items()})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"token_ids": [1, 2, 100]}, "token id 100 is outside the vocabulary of 100"),
-        ({"token_ids": [1, -2, 3]}, "token id -2"),
-        ({"token_ids": []}, "a step of 0 tokens"),
-        ({"token_ids": [1] * 300}, "a step of 300 tokens; 1 to 256"),
-        ({"span_starts": [0, 2]}, "span_starts must begin at 0 and end"),
-        ({"span_starts": [0, 3, 3], "past": [0, 0], "block_tables": [[0], [1]]}, "span_starts must ascend"),
-        ({"past": [-1]}, "negative past"),
-        ({"past": [4095]}, "the context holds 4096"),
-        ({"past": [30]}, "needs 2 KV blocks"),
-        ({"block_tables": [[64]]}, "KV block 64; there are 64"),
-        ({"block_tables": [[-1]]}, "KV block -1"),
-        ({"logit_rows": [3]}, "a logit row is outside"),
-        ({"logit_rows": [1, 1]}, "logit_rows must ascend"),
-        ({"point": "int8"}, "point 'int8' is not one of int4"),
-        (
-            {"span_starts": [0, 1, 3], "past": [0, 0], "block_tables": [[5], [5]]},
-            "two tokens of the step write the same place",
-        ),
-        ({"copies": [[3, 9]]}, "a copy is of a token outside the step"),
-        ({"copies": [[-1, 9]]}, "a copy is of a token outside the step"),
-        ({"copies": [[1, 9], [0, 9]]}, "copies must ascend"),
-        ({"copies": [[0, 64]]}, "a copy names KV block 64; there are 64"),
-        ({"copies": [[0, 0]]}, "two tokens of the step write the same place"),
-        ({"copies": [[0, 1, 2]]}, "copies must be"),
-        ({"token_ids": np.array([1, 2, 3], np.int64)}, "token_ids must be an int32 array"),
-        ({"block_tables": np.zeros(3, np.int32)}, "block_tables must be an int32 array of 2"),
-    ],
-)
-def test_refusals_say_why(changes: dict[str, Any], message: str) -> None:
-    executor = native(make_model(Shape(), "planes"), "int4")
-    batch = make_batch([Span(tokens_of(3), 0, blocks_for(3))], "int4")
-    with pytest.raises(InputError, match=message):
-        executor.step(bad(batch, **changes))
-
-
-def test_copy_blocks_refuses_what_is_not_there() -> None:
-    executor = native(make_model(Shape(), "planes"), "int4")
-    for pairs in ([[0, 64]], [[-1, 0]]):
-        with pytest.raises(InputError, match="does not exist"):
-            executor.copy_blocks(np.array(pairs, np.int32))
-    with pytest.raises(InputError):
-        executor.copy_blocks(np.zeros((1, 3), np.int32))
-
-
-def with_op(model: Model, index: int, op: Any) -> Model:
-    changed = list(model.plan.ops)
-    changed[index] = op
-    return replace(model, plan=replace(model.plan, ops=tuple(changed)))
-
-
-def test_plans_that_contradict_themselves_are_refused() -> None:
-    class RoutedLinear:
-        pass
-
-    model = make_model(Shape(layers=1), "planes")
-    plan = model.plan
-    attention = next(op for op in plan.ops if isinstance(op, ops.Attention))
-    at = plan.ops.index(attention)
-    with pytest.raises(UnsupportedModelError, match="RoutedLinear"):
-        native(with_op(model, 1, RoutedLinear()), "int4")
-    with pytest.raises(UnsupportedModelError, match="version 2"):
-        native(replace(model, plan=replace(plan, version=2)), "int4")
-    with pytest.raises(UnsupportedModelError, match="sinks"):
-        native(with_op(model, at, replace(attention, sinks="s")), "int4")
-    cases: list[tuple[Model, str]] = [
-        (with_op(model, at, replace(attention, layer=1)), "no layer 1"),
-        (with_op(model, at, replace(attention, kv_heads=1)), "contradicts the plan's layer"),
-        (with_op(model, at, replace(attention, v_offset=10**9)), "outside buffer 'qkv'"),
-        (with_op(model, at, replace(attention, scale=float("nan"))), "scale must be finite"),
-        (with_op(model, 1, ops.Norm("h", "nowhere", "final", 1e-5)), "no buffer 'nowhere'"),
-        (with_op(model, 1, ops.Norm("h", "ffn", "final", 1e-5)), "read before anything is in it"),
-        (with_op(model, 1, ops.Norm("h", "x", "0.q", 1e-5)), "no vector '0.q'"),
-        (with_op(model, 2, ops.Linear("qkv", "x", "0.out")), r"matrix '0.out' is \[64, 128\]"),
-        (with_op(model, 0, ops.Embed("x", "0.down")), "embedding '0.down'"),
-        (with_op(model, 3, ops.Rope("qkv", 0, 4, 32, 1)), "no such rope"),
-        (replace(model, plan=replace(plan, ops=plan.ops[:-1])), "does not end with a head"),
-        (replace(model, plan=replace(plan, ops=(*plan.ops, plan.ops[0]))), "follows the head"),
-        (replace(model, plan=replace(plan, ops=())), "does not end with a head"),
-        (replace(model, plan=replace(plan, buffers={**plan.buffers, "x": 2**40})), "width"),
-        (replace(model, plan=replace(plan, windows=(0, 0))), "each of its layers"),
-        (replace(model, tensors={}), "no weight 'embed'"),
-        (replace(model, vectors={**model.vectors, "final": np.zeros(3, np.float32)}), "vector 'final'"),
-    ]
-    for broken, message in cases:
-        with pytest.raises(ModelError, match=message):
-            native(broken, "int4")
-
-
-def test_options_are_checked() -> None:
-    model = make_model(Shape(layers=1), "planes")
-    with pytest.raises(InputError, match="point must be one of"):
-        native(model, "int3")
-    with pytest.raises(InputError, match="one family"):
-        native(model, "int4", "full")
-    with pytest.raises(InputError, match="threads"):
-        native(model, "int4", threads=0)
-    with pytest.raises(UnavailableError, match="isa"):
-        native(model, "int4", isa="avx9000")
-    for options in ({"kv_blocks": 0}, {"max_step_tokens": 0}, {"kv_blocks": 2**40}, {"kv_type": "fp8"}):
-        with pytest.raises(ModelError):
-            native(model, "int4", **options)
 
 
 # ---- life -----------------------------------------------------------------------------------------------------------
@@ -481,111 +302,3 @@ def test_the_profile_names_the_phases() -> None:
         "head",
     ]
     assert all(ns > 0 for _, ns in profile)
-
-
-# ---- the screened head ----------------------------------------------------------------------------------------------
-
-
-def near_ties(model: Model, rng: np.random.Generator, equal: float) -> None:
-    """A head whose rows are copies of a few: equal, or different in the lo plane only, or in one code of it."""
-    head = model.tensors["head"] = model.tensors["embed"]
-    rows = rng.integers(0, 3, head.rows)
-    hi, scales = pack.unpack_codes(head, "hi")
-    both, _ = pack.unpack_codes(head, "hi+lo")
-    lo = both - hi.astype(np.int32) * 16
-    hi, lo, scales = hi[rows], lo[rows], scales[rows]
-    for row in np.flatnonzero(rng.random(head.rows) > equal):
-        changed = rng.integers(0, head.cols, 1 if rng.random() < 0.5 else head.cols)
-        lo[row, changed] = rng.integers(-8, 8, changed.size)
-    model.tensors["head"] = pack.pack_planes(hi, lo, scales, head.group, 4)
-
-
-def with_head(seed: int, equal: float, scale: float, vocab: int = 700) -> Model:
-    model = make_model(Shape(layers=1, vocab=vocab), "planes", seed)
-    near_ties(model, np.random.default_rng(seed), equal)
-    weights = {**model.plan.weights, "head": ops.WeightSpec("head", "matrix", vocab, 64, ("head",))}
-    body = (*model.plan.ops[:-1], ops.Head("h", "head", None, scale, 0.0))
-    return replace(model, plan=replace(model.plan, weights=weights, ops=body))
-
-
-@given(
-    seed=st.integers(0, 2**31),
-    equal=st.sampled_from([0.0, 0.5, 0.95]),
-    scale=st.sampled_from([1.0, 0.3, 2.0**-40, 1e-30, -1.0]),
-    threads=st.integers(1, 4),
-    rows=st.lists(st.integers(0, 39), min_size=1, max_size=8, unique=True),
-    point=st.sampled_from(["int8", "int4"]),
-)
-@settings(max_examples=60, deadline=None)
-def test_screening_finds_the_argmax_of_the_full_head(
-    seed: int, equal: float, scale: float, threads: int, rows: list[int], point: str
-) -> None:
-    model = with_head(seed, equal, scale)
-    span = Span(tokens_of(40, seed % 100), 0, blocks_for(40))
-    batch = make_batch([span], point, rows=sorted(rows))
-    for isa in available():
-        executor = native(model, "int8", "int4", threads=threads, isa=isa)
-        whole = executor.step(batch)
-        assert executor.last_step_rescored() is None
-        expected = whole.argmax.copy()
-        np.testing.assert_array_equal(expected, whole.logits.argmax(axis=1))
-        screened = executor.step(replace(batch, greedy=np.ones(len(rows), np.bool_)))
-        np.testing.assert_array_equal(screened.argmax, expected)
-        share = executor.last_step_rescored()
-        assert share is None if scale < 1e-20 else share is not None and 0 < share <= 1
-        executor.close()
-
-
-def test_screening_reads_little_where_one_token_stands_out() -> None:
-    model = with_head(3, 1.0, 1.0, vocab=4000)
-    head = model.tensors["head"]
-    hi, lo = pack.split_codes(pack.unpack_codes(head, "hi+lo")[0], 4)
-    loud = np.where(np.arange(head.rows) // 32 == 70, 1.0, 0.05)[:, None]
-    scales = (np.abs(pack.unpack_codes(head, "hi")[1]) * loud).astype(np.float16)
-    model.tensors["head"] = pack.pack_planes(hi, lo, scales, head.group, 4)
-    executor = native(model, "int4", threads=2)
-    executor.step(make_batch([Span(tokens_of(20), 0, blocks_for(21))], "int4", rows=[]))
-    shares = []
-    for token in range(30):
-        batch = make_batch([Span(np.array([token], np.int32), 20, blocks_for(21))], "int4")
-        expected = executor.step(batch).argmax.copy()
-        found = executor.step(replace(batch, greedy=np.ones(1, np.bool_)))
-        np.testing.assert_array_equal(found.argmax, expected)
-        shares.append(executor.last_step_rescored())
-    assert min(share for share in shares if share is not None) <= 0.05
-
-
-def test_screening_rests_where_it_leaves_too_much() -> None:
-    model = with_head(5, 0.0, 1.0)
-    executor = native(model, "int8")
-    batch = make_batch([Span(tokens_of(9), 0, blocks_for(9))], "int8", rows=[8])
-    batch = replace(batch, greedy=np.ones(1, np.bool_))
-    tried = []
-    for _ in range(12):
-        executor.step(batch)
-        tried.append(executor.last_step_rescored() is not None)
-    assert tried[0] and sum(tried) <= 4
-
-
-def test_rows_that_are_wanted_whole_keep_the_others_whole() -> None:
-    model = with_head(1, 0.5, 1.0)
-    executor = native(model, "int8")
-    batch = make_batch([Span(tokens_of(9), 0, blocks_for(9))], "int8", rows=[3, 8])
-    whole = executor.step(batch).logits.copy()
-    mixed = executor.step(replace(batch, greedy=np.array([True, False])))
-    assert executor.last_step_rescored() is None
-    assert_same_bits(mixed.logits[1].copy(), whole[1])
-    for wrong in (np.ones(3, np.bool_), np.ones(2, np.int32), np.ones((2, 1), np.bool_)):
-        with pytest.raises(InputError, match="greedy"):
-            executor.step(replace(batch, greedy=wrong))
-
-
-def test_heads_without_a_second_plane_are_computed_whole() -> None:
-    for storage in ("int8", "f32"):
-        model = make_model(Shape(), storage)  # type: ignore[arg-type]
-        executor = native(model, "int8" if storage == "int8" else "full")
-        batch = make_batch([Span(tokens_of(9), 0, blocks_for(9))], executor.points[0], rows=[8])
-        expected = executor.step(batch)
-        greedy = executor.step(replace(batch, greedy=np.ones(1, np.bool_)))
-        np.testing.assert_array_equal(greedy.argmax, expected.argmax)
-        assert executor.last_step_rescored() is None

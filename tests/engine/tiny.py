@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from haomiao.engine.executors.native import NativeExecutor
 from haomiao.kernels import pack, rtn
 from haomiao.kernels.packed import PackedTensor
 from haomiao.models import plan as ops
@@ -199,3 +200,26 @@ def run_alone(executor: Executor, tokens: I32, point: str, cuts: tuple[int, ...]
         result = executor.step(make_batch([Span(tokens[begin:end], begin, blocks)], point))
         parts.append(result.logits.copy())
     return np.concatenate(parts)
+
+
+KV = ("f32", "bf16", "int8")
+SHAPES = {
+    "llama": Shape(),
+    "qwen3": Shape(qk_norm=True, heads=6, kv_heads=2, head_dim=16),
+    "gemma": Shape(post_norm=True, softcap=6.0, window=40, head_dim=64, heads=2, kv_heads=1),
+    "gpt2": Shape(norm="layer", bias=True, glu=False, rope=False, positions=True, kv_heads=4, neurons=80),
+    "odd": Shape(hidden=72, heads=3, kv_heads=3, head_dim=24, vocab=77, bias=True),
+}
+
+
+def native(model: Model, *points: str, **options: Any) -> NativeExecutor:
+    settings: dict[str, Any] = {"kv_blocks": 64, "max_step_tokens": 256, "threads": 2, "pin": False, **options}
+    return NativeExecutor(model.plan, model.tensors, model.vectors, points=points, **settings)
+
+
+def tokens_of(n: int, seed: int = 0, vocab: int = 77) -> Any:
+    return np.random.default_rng(seed).integers(0, vocab, n).astype(np.int32)
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))

@@ -260,3 +260,46 @@ def test_parts_that_contradict_each_other(tmp_path: Path) -> None:
         write_model(tmp_path / str(i), tensors, {"quantization_config": settings})
         with pytest.raises(ModelError, match=r"down_proj|packed"):
             open_source(tmp_path / str(i)).read(name)
+
+
+def test_parts_of_compressed_tensors_that_contradict_each_other(tmp_path: Path) -> None:
+    settings = compressed(4, "group", 64, False, "pack-quantized")
+    codes, zeros = RNG.integers(0, 16, (ROWS, COLS)), RNG.integers(0, 16, (ROWS, 4))
+    good = {
+        "weight_packed": pack(codes, 4, 1),
+        "weight_scale": scales_of(4),
+        "weight_zero_point": pack(zeros, 4, 0),
+        "weight_shape": np.array([ROWS, COLS], np.int64),
+    }
+    order = np.arange(COLS, dtype=np.int32) // 64
+    wrong = {
+        "words of no declared width": {"weight_packed": good["weight_packed"][:, :-1]},
+        "more columns than words hold": {"weight_shape": np.array([ROWS, 32 * COLS], np.int64)},
+        "other rows than words": {"weight_shape": np.array([ROWS + 1, COLS], np.int64)},
+        "no matrix": {"weight_shape": np.array([ROWS], np.int64)},
+        "no columns": {"weight_shape": np.array([ROWS, 0], np.int64)},
+        "groups that do not divide": {"weight_scale": scales_of(3)},
+        "scales of three axes": {"weight_scale": scales_of(4).reshape(ROWS, 2, 2)},
+        "no scales": {"weight_scale": np.zeros((ROWS, 0), np.float16)},
+        "zero points of other groups": {"weight_zero_point": good["weight_zero_point"][:, :-1]},
+        "zero points of other rows": {"weight_zero_point": good["weight_zero_point"][:2]},
+        "a group that is not there": {"weight_g_idx": order + 1},
+        "an index of too few columns": {"weight_g_idx": order[1:]},
+    }
+    for number, (what, parts) in enumerate({"nothing": {}, **wrong}.items()):
+        tensors = {f"{PREFIX}.{part}": value for part, value in {**good, **parts}.items()}
+        write_model(tmp_path / str(number), tensors, {"quantization_config": settings})
+        if what == "nothing":
+            assert open_source(tmp_path / str(number)).read(f"{PREFIX}.weight").shape == (ROWS, COLS)
+            continue
+        with pytest.raises(ModelError, match="down_proj") as caught:
+            open_source(tmp_path / str(number)).read(f"{PREFIX}.weight")
+        assert "\n" not in str(caught.value), what
+
+
+def test_plain_codes_of_another_type_are_refused(tmp_path: Path) -> None:
+    tensors = {f"{PREFIX}.weight": np.zeros((ROWS, COLS), np.int32), f"{PREFIX}.weight_scale": scales_of(1)}
+    settings = compressed(8, "channel", None, True, "int-quantized")
+    write_model(tmp_path, tensors, {"quantization_config": settings})
+    with pytest.raises(ModelError, match="int8 of shape"):
+        open_source(tmp_path).read(f"{PREFIX}.weight")

@@ -12,6 +12,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from haomiao.cli import load, options, terminal
+from haomiao.progress import ProgressBar
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -48,7 +49,7 @@ def run(args: Namespace) -> int:
     # each stream holds a prompt and an answer; a context of its own keeps a long default from being allocated
     given.setdefault("max_context", workload.prompt_tokens + workload.new_tokens)
     given.setdefault("speculate", "off")
-    with terminal.ProgressBar(quiet=args.quiet) as bar:
+    with ProgressBar(quiet=args.quiet) as bar:
         llm = LLM(model, progress=bar, prefix_cache=False, **given)
         try:
             ceilings = measure_ceilings(llm.threads)

@@ -12,6 +12,7 @@ from typing import Any
 
 from haomiao.cli import options, terminal
 from haomiao.errors import HaomiaoError
+from haomiao.progress import ProgressBar
 
 PLAIN_STOP = "\nUser:"
 HELP = "/exit leaves, /clear forgets the conversation, /help shows this"
@@ -37,7 +38,7 @@ def run(args: Namespace) -> int:
 
     from haomiao.api import LLM
 
-    with terminal.ProgressBar(quiet=args.quiet) as bar:
+    with ProgressBar(quiet=args.quiet) as bar:
         llm = LLM(model, progress=bar, **options.runtime_options(args))
     try:
         talk = Conversation(llm, asked, system=args.system, as_json=args.json, quiet=args.quiet)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from haomiao.cli import options, terminal
 from haomiao.errors import InputError
+from haomiao.progress import ProgressBar
 
 if TYPE_CHECKING:
     from haomiao.load.artifact import Artifact
@@ -166,7 +167,7 @@ def convert_only(args: Namespace, model: str) -> Path:
     from haomiao.cli.models import open_checkpoint
     from haomiao.models.convert import convert
 
-    with terminal.ProgressBar(quiet=args.quiet) as bar:
+    with ProgressBar(quiet=args.quiet) as bar:
         source = open_checkpoint(model, args, bar)
         try:
             return convert(
@@ -196,7 +197,7 @@ def calibrated(args: Namespace, model: str) -> Path:
     from haomiao.cli.models import open_checkpoint, open_tokenizer
     from haomiao.compress.job import compress
 
-    with terminal.ProgressBar(quiet=args.quiet) as bar:
+    with ProgressBar(quiet=args.quiet) as bar:
         source = open_checkpoint(model, args, bar)
         try:
             encode = open_tokenizer(model, args).encode

@@ -9,11 +9,13 @@ once; an interrupted run goes on with the same command. Needs PyTorch: pip insta
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from haomiao.cli import options, terminal
 from haomiao.errors import InputError
+from haomiao.progress import ProgressBar
 
 DIVERGENCES = ("forward", "reverse")
 POINTS = ("int8", "int4")
@@ -67,14 +69,13 @@ def run(args: Namespace) -> int:
         if given.get(name, 1.0) <= 0:
             raise InputError(f"--{name} must be above 0", param=name)
 
-    from haomiao.train.command import Live
     from haomiao.train.distill import Distillation, distill
     from haomiao.train.starting import open_starting
 
     where = {"revision": args.revision, "offline": args.offline}
     teacher = open_starting(args.teacher, **where)
     student = None if args.student is None else open_starting(args.student, **where)
-    with Live(quiet=args.quiet) as live:
+    with ProgressBar(quiet=args.quiet, counted=True) as bar:
         report = distill(
             teacher,
             student,
@@ -84,25 +85,18 @@ def run(args: Namespace) -> int:
             device=args.device,
             threads=args.threads,
             restart=args.restart,
-            tell=live,
+            tell=bar,
         )
-    if report is None:
-        terminal.note("stopped; the same command goes on")
-        return 130
-    if args.json:
-        terminal.write_json({"path": args.output, **report})
-    elif not args.quiet:
-        tell(args.output, report)
-    return 0
+    return terminal.tell_learnt(args, report, told)
 
 
-def tell(out: str, report: dict[str, Any]) -> None:
+def told(out: str, report: Mapping[str, Any]) -> list[str]:
     """What was gained, for a person."""
-    terminal.note(f"{out}: {report['steps']} steps, {report['tokens']} tokens")
+    lines = [f"{out}: {report['steps']} steps, {report['tokens']} tokens"]
     errors = report.get("errors")
     if errors is None:
-        terminal.note(f"  held out: {report['held_out']['loss']:.4f} nats/token from the teacher")
-        return
+        return [*lines, f"  held out: {report['held_out']['loss']:.4f} nats/token from the teacher"]
     for point, after in errors["after"].items():
         was, now = errors["before"][point]["kl"]["estimate"], after["kl"]["estimate"]
-        terminal.note(f"  {point:<6} KL {was:.5f} -> {now:.5f} nats/token, {100 * (1 - now / was):.0f} % recovered")
+        lines.append(f"  {point:<6} KL {was:.5f} -> {now:.5f} nats/token, {100 * (1 - now / was):.0f} % recovered")
+    return lines

@@ -15,6 +15,7 @@ from typing import Any
 
 from haomiao.cli import options, terminal
 from haomiao.errors import InputError
+from haomiao.progress import ProgressBar
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -53,7 +54,7 @@ def run(args: Namespace) -> int:
 
     from haomiao.measure.report import ACCURACY_COLUMNS, accuracy_rows
 
-    with terminal.ProgressBar(quiet=args.quiet) as bar, ExitStack() as stack:
+    with ProgressBar(quiet=args.quiet) as bar, ExitStack() as stack:
         report = evaluate(args, model, text, questions, bar, stack)
     if args.json:
         terminal.write_json(report)
@@ -67,7 +68,7 @@ def run(args: Namespace) -> int:
 
 
 def evaluate(
-    args: Namespace, model: str | None, text: str | None, questions: Any, bar: terminal.ProgressBar, stack: ExitStack
+    args: Namespace, model: str | None, text: str | None, questions: Any, bar: ProgressBar, stack: ExitStack
 ) -> dict[str, Any]:
     """The object that `--json` prints."""
     from haomiao.api import LLM
@@ -126,7 +127,7 @@ def _reference(args: Namespace, model: str | None, opened: Any) -> Any:
     return opened(model, "full") if find_artifact(model) is None else None
 
 
-def speed(llm: Any, point: str, bar: terminal.ProgressBar, *, timed: bool) -> dict[str, Any]:
+def speed(llm: Any, point: str, bar: ProgressBar, *, timed: bool) -> dict[str, Any]:
     """Milliseconds a token of one stream, and the bytes of weights that a decode step reads."""
     from haomiao.measure.bytes import weight_bytes_per_step
     from haomiao.measure.latency import Workload, measure_latency
@@ -151,7 +152,7 @@ class AtPoint:
         return self._llm.stream(prompt, point=self._point, **given)
 
 
-def task_report(llm: Any, point: str, questions: Any, bar: terminal.ProgressBar) -> dict[str, Any]:
+def task_report(llm: Any, point: str, questions: Any, bar: ProgressBar) -> dict[str, Any]:
     """Accuracy of the likeliest choice by mean log-probability of its tokens."""
     from haomiao.measure.accuracy import measure_choices
     from haomiao.measure.report import half_width

@@ -11,6 +11,7 @@ from typing import Any
 
 from haomiao.cli import options, terminal
 from haomiao.errors import InputError
+from haomiao.progress import ProgressBar
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def run(args: Namespace) -> int:
 
     from haomiao.api import LLM
 
-    with terminal.ProgressBar(quiet=args.quiet) as bar:
+    with ProgressBar(quiet=args.quiet) as bar:
         llm = LLM(model, progress=bar, **options.runtime_options(args))
     try:
         return stream_answer(llm, prompt, asked, as_json=args.json, quiet=args.quiet)

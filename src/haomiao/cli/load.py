@@ -12,6 +12,7 @@ from typing import Any
 
 from haomiao.cli import options, terminal
 from haomiao.errors import InputError
+from haomiao.progress import ProgressBar
 
 DIALECTS = ("haomiao", "openai")
 ARRIVALS = ("poisson", "bursts", "uniform")
@@ -57,7 +58,7 @@ def run(args: Namespace) -> int:
     from haomiao.measure.attainment import summarize_load
 
     mix, trace = prepare(args)
-    with terminal.ProgressBar(quiet=args.quiet) as bar:
+    with ProgressBar(quiet=args.quiet) as bar:
         try:
             load = asyncio.run(offer(args, mix, trace, bar))
         except KeyboardInterrupt:

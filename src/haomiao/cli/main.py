@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from haomiao import __version__
-from haomiao.errors import HaomiaoError, InputError
+from haomiao.errors import EXIT_INTERRUPTED, HaomiaoError, InputError
 
 COMMANDS = {
     "generate": "continue a prompt",
@@ -40,7 +40,6 @@ WITHOUT_BLAS = ("generate", "chat", "tokenize", "detokenize", "serve")
 """Commands that multiply no matrices in numpy."""
 
 EXIT_PIPE = 141  # 128 + SIGPIPE, as for any program whose reader went away
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 
 class Parser(ArgumentParser):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from haomiao.cli import options, terminal
+from haomiao.progress import ProgressBar
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def run(args: Namespace) -> int:
     from haomiao.cli.models import describe_artifact, origin
     from haomiao.models.open import open_model
 
-    with terminal.ProgressBar(quiet=args.quiet) as bar:
+    with ProgressBar(quiet=args.quiet) as bar:
         opened = open_model(model, point=args.point, progress=bar, **origin(args))
     about = describe_artifact(opened.files_dir)
     if args.json:

@@ -10,6 +10,7 @@ from argparse import ArgumentParser, Namespace
 
 from haomiao.cli import options, terminal
 from haomiao.errors import InputError
+from haomiao.progress import ProgressBar
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def run(args: Namespace) -> int:
     if path is not None and args.tensors:
         about["tensors"] = sections(path)
     if path is not None and args.verify:
-        with terminal.ProgressBar(quiet=args.json) as bar:
+        with ProgressBar(quiet=args.json) as bar:
             verify(path, bar)
         about["verified"] = True
     if args.json:

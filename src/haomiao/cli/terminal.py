@@ -1,17 +1,18 @@
-"""What a command writes: text as it comes, one JSON object last, progress bars on a terminal, one receipt line.
+"""What a command writes: text as it comes, one JSON object last, one receipt line.
 
-Knows nothing about models. rich is imported only when a bar is really drawn.
+Knows nothing about models.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from types import TracebackType
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from haomiao.cli.options import decode_text
+from haomiao.errors import EXIT_INTERRUPTED
 
 # C0 and C1 controls, without newline and tab: a model's text must not drive the reader's terminal
 _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
@@ -98,41 +99,17 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-class ProgressBar:
-    """A bar on stderr while work goes on; nothing where stderr is not a terminal or `quiet` is set.
-
-    Used as a context manager and called with (what, done, total); the bar begins with the first call.
-    """
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._shown = sys.stderr.isatty() and not quiet
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, what: str, done: float, total: float) -> None:
-        if not self._shown:
-            return
-        if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f} %"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(what, total=total or None)
-        self._bar.update(self._task, description=what, completed=done, total=total or None)
+def tell_learnt(
+    args: Namespace, report: Mapping[str, Any] | None, told: Callable[[str, Mapping[str, Any]], list[str]]
+) -> int:
+    """How a training ends: stopped half-way (`report` is None), as one object, or in the lines that `told` makes of
+    --output and report. Returns the exit code."""
+    if report is None:
+        note("stopped; the same command goes on")
+        return EXIT_INTERRUPTED
+    if args.json:
+        write_json({"path": args.output, **report})
+    elif not args.quiet:
+        for line in told(args.output, report):
+            note(line)
+    return 0

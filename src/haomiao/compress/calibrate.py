@@ -9,7 +9,6 @@ number of samples. Every file is written beside its name and renamed. Knows plan
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from haomiao.compress.forward import Buffers, Weights, live, run, uses
 from haomiao.compress.solver import F64
-from haomiao.errors import HaomiaoError, UnavailableError
+from haomiao.load.disk import disk_errors
 from haomiao.models import plan as ops
 from haomiao.types import F32, I32
 
@@ -195,23 +194,8 @@ def first_reader(plan: ops.Plan, name: str, begin: int) -> ops.Op | None:
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its name only when it is whole."""
     part = path.with_suffix(".part")
-    with disk_errors(path), part.open("wb") as file:
+    with disk_errors(path, kept=True), part.open("wb") as file:
         yield file
         file.flush()
-    with disk_errors(path):
+    with disk_errors(path, kept=True):
         part.replace(path)
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Errors of the disk as one clear line; what was there before is still there."""
-    try:
-        yield
-    except HaomiaoError:
-        raise
-    except OSError as wrong:
-        if wrong.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UnavailableError(
-                f"no room on the disk for {path.parent}; what was done is kept: make room and run the same command"
-            ) from None
-        raise UnavailableError(f"{path} cannot be written ({wrong.strerror or wrong})") from None

@@ -24,6 +24,7 @@ from haomiao.compress.calibrate import Consume, Moments, Stage, Stream, stages
 from haomiao.compress.depth import layers_left
 from haomiao.compress.error import measure_points
 from haomiao.compress.forward import Buffers, Weights
+from haomiao.compress.headway import Headway
 from haomiao.compress.layer import solve_layer
 from haomiao.compress.planes import drop_planes, without_lo
 from haomiao.compress.prune.masks import owl_shares
@@ -52,8 +53,6 @@ RANKING_WINDOWS = 4
 """Held-out samples that rank the second planes; all of them decide."""
 SURVEY = "0000-survey"
 SURVEY_SAMPLES = 8
-SOLVE_COST = 3.0
-"""Multiply-adds of solving a matrix [rows, cols], per rows * cols * cols, as progress counts them."""
 
 
 def compress(
@@ -154,11 +153,11 @@ class Job:
             self.rotation.learn(self.encoder)
         self.stages = stages(self.plan)
         self.stream = Stream(self.plan, samples.calibration, work.folder, "calibration")
-        self._progress = progress
         self.besides: Besides | None = None
         """What else a layer's stage keeps, made from its matrix and second moments (a search's levels)."""
-        self._doing = "preparing"
-        self._done, self._total = 0.0, self._all_work()
+        self.headway = Headway(
+            source.name, self.plan, self.wide, self.width, self.stages, samples.calibration.size, progress
+        )
         self._solved = lru_cache(maxsize=2)(self._unpacked)
 
     # ---- the loop
@@ -171,19 +170,19 @@ class Job:
             self._survey()
         for index, stage in enumerate(self.stages):
             name = f"{index + 1:04d}"
-            self._doing = stage.weight
+            self.headway.doing = stage.weight
             weights = None
             if not self.work.done(name):
                 weights = self._weights(stage.weight)
                 self._solve_stage(name, stage, weights)
             self.reference.advance(self._original_stages(index))
-            self._count(stage.weight, self._stage_work(stage), whole=True)
+            self.headway.finish(index)
         if self.recipe.search:
             return
         if self.recipe.max_kl is not None and not self.work.done("9000"):
             self._drop_planes(self.recipe.max_kl)
         if not self.work.done("9999"):
-            self._doing = "measuring"
+            self.headway.doing = "measuring"
             errors = self.measure()
             self.work.save("9999", {}, {}, {"errors": errors})
 
@@ -201,15 +200,15 @@ class Job:
                     tensors[spec.name] = self.encoder.matrix(spec)
                 else:
                     tensors[spec.name] = self.rotation.table(spec, self.encoder, self.recipe.group)
-            self._tell()
+            self.headway.tell()
         self.work.save("0000", tensors, vectors, {})
 
     def _survey(self) -> None:
         """OWL: how many outliers each layer has, on a few samples and with the weights as they are; then its share."""
-        self._doing = "surveying layers"
+        self.headway.doing = "surveying layers"
         samples = self.samples.calibration[:SURVEY_SAMPLES]
         stream = Stream(self.wide, samples, self.work.folder, "survey")
-        outliers = survey_outliers(stream, self._original, self.work.rows, self.work.vector, self._tell)
+        outliers = survey_outliers(stream, self._original, self.work.rows, self.work.vector, self.headway.tell)
         prune = self.recipe.mask
         assert prune is not None  # the recipe's own rule
         sizes = {name: self.wide.weights[name].rows * self.wide.weights[name].cols for name in outliers}
@@ -223,7 +222,7 @@ class Job:
         behind = None if block is None else Behind(block, self.wide, weights, self.work.vector, length)
         if behind is not None:
             consume = partial(_both, consume, behind.add)
-        tick = lambda tokens: self._count(stage.weight, tokens * self._token_work(stage))  # noqa: E731
+        tick = partial(self.headway.count, stage)
         self.stream.advance(
             stage.place, Weights(self._solved, self.work.rows, self.work.vector), consume=consume, tick=tick
         )
@@ -302,7 +301,7 @@ class Job:
             self.samples.held_out[: windows or None],
             self.reference.logits,
             threads=self.threads,
-            progress=lambda done, total: self._tell("measuring"),
+            progress=lambda done, total: self.headway.tell("measuring"),
         )
 
     def _drop_planes(self, max_kl: float) -> None:
@@ -311,7 +310,7 @@ class Job:
         def kl(changed: Mapping[str, PackedTensor], windows: int) -> float:
             return float(self.measure(("int8",), changed, windows)["int8"]["kl"]["estimate"])
 
-        self._doing = "choosing planes"
+        self.headway.doing = "choosing planes"
         names = [stage.weight for stage in self.stages]
         gone = drop_planes(tensors, names, lambda c: kl(c, RANKING_WINDOWS), lambda c: kl(c, 0), max_kl)
         log = {"dropped": list(gone.names), "bytes": gone.bytes, "kl": gone.kl, "max_kl": max_kl}
@@ -355,44 +354,6 @@ class Job:
             "log": log,
             "errors": {point: {**figures, "against": "full", "text": text} for point, figures in errors.items()},
         }
-
-    # ---- progress
-
-    def _token_work(self, stage: Stage) -> float:
-        """Multiply-adds of a token in one pass up to this layer: the moments of its inputs and the layers computed, and
-        the same of the layer behind where width is taken out here."""
-        spec = self.wide.weights[stage.weight]
-        work = float(spec.cols * spec.cols + spec.rows * spec.cols)
-        block = self.width.block(stage.weight)
-        if block is not None:
-            work += spec.rows * spec.cols + float(self.wide.buffers[block.source]) ** 2
-        return work
-
-    def _stage_work(self, stage: Stage) -> float:
-        spec = self.plan.weights[stage.weight]
-        solving = SOLVE_COST * spec.rows * spec.cols * spec.cols
-        return self.samples.calibration.size * self._token_work(stage) + solving
-
-    def _all_work(self) -> float:
-        return sum(self._stage_work(stage) for stage in self.stages) * 1.02
-
-    def _count(self, what: str, amount: float, *, whole: bool = False) -> None:
-        """Add work; `whole` sets the count to what all stages up to and with this one come to."""
-        if whole:
-            upto = next(i for i, s in enumerate(self.stages) if s.weight == what)
-            self._done = sum(self._stage_work(s) for s in self.stages[: upto + 1])
-        else:
-            self._done += amount
-        self._tell(what)
-
-    def say(self, what: str) -> None:
-        """Tell progress what is being done, without any advance."""
-        self._tell(what)
-
-    def _tell(self, what: str | None = None) -> None:
-        if self._progress is not None:
-            name = what or self._doing
-            self._progress(f"compressing {self.source.name}: {name}", int(self._done), int(self._total))
 
 
 def _add(moments: Moments, source: str, buffers: Buffers) -> None:

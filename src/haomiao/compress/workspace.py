@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from haomiao.compress.calibrate import disk_errors
 from haomiao.errors import InputError, ModelError
 from haomiao.kernels.pack import unpack
 from haomiao.kernels.packed import ENCODINGS, TILE_ROWS, PackedTensor, tile_bytes
+from haomiao.load.disk import disk_errors
 from haomiao.load.jsonfile import parse_object
 from haomiao.load.safetensors import SafetensorsFile
 from haomiao.types import F32, I32
@@ -42,7 +42,7 @@ class Workspace:
         self.folder = out.absolute().with_name(f"{out.absolute().name}.partial")
         self.resumed = False
         self.blas_threads = blas_threads
-        with disk_errors(self.folder / LOCK_FILE):
+        with disk_errors(self.folder / LOCK_FILE, kept=True):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -72,7 +72,7 @@ class Workspace:
                 code="other_run",
             )
         self._clear()
-        with disk_errors(path):
+        with disk_errors(path, kept=True):
             part = path.with_suffix(".part")
             part.write_text(json.dumps({"identity": identity, "blas_threads": self.blas_threads}), encoding="utf-8")
             part.replace(path)
@@ -117,7 +117,7 @@ class Workspace:
         arrays["about"] = np.frombuffer(about, np.uint8)
         path = self.folder / f"{stage}.stage"
         part = path.with_suffix(".part")
-        with disk_errors(path):
+        with disk_errors(path, kept=True):
             save_file(arrays, part)
             part.replace(path)
         self._stages[stage] = _Stage(path)

@@ -7,7 +7,6 @@ or absent: an exception, a full disk or a kill leaves nothing under the target's
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -17,16 +16,17 @@ import shutil
 import struct
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from haomiao.errors import ArtifactError, HaomiaoError, InputError, UnavailableError
+from haomiao.errors import ArtifactError, InputError
 from haomiao.kernels.pack import without_empty
 from haomiao.kernels.packed import ENCODINGS, TILE_ROWS, PackedTensor, tile_bytes
+from haomiao.load.disk import disk_errors
 from haomiao.load.jsonfile import MAX_BYTES as MAX_META_BYTES
 from haomiao.types import U8
 
@@ -71,7 +71,7 @@ class ArtifactWriter:
         self._entries: list[tuple[int, str, int, int, int, tuple[int, ...]]] = []
         self._names: set[str] = set()
         self._body_start = -(-reserved_header // ALIGN) * ALIGN
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.directory.parent, self.directory.name)
             self._temporary, self._lock = _locked_temporary(self.directory)
@@ -116,7 +116,7 @@ class ArtifactWriter:
         """A file beside `model.haomiao` (tokenizer.json, chat_template.jinja, ...), replacing one of that name."""
         if not PLAIN_NAME.fullmatch(name) or name == MODEL_FILE:
             raise ArtifactError(f"{name!r} is not a name for a file of an artifact")
-        with _disk_errors(self.directory), (self._temporary / name).open("wb") as out:
+        with disk_errors(self.directory), (self._temporary / name).open("wb") as out:
             if isinstance(content, bytes):
                 out.write(content)
             else:
@@ -134,7 +134,7 @@ class ArtifactWriter:
             raise ArtifactError(f"meta: {len(text)} bytes of JSON, at most {MAX_META_BYTES} are allowed")
         self._claim("meta")
         self._write(META, "meta", np.frombuffer(text, dtype=np.uint8), (0,) * 8)
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             self._write_header()
             _flush(self._file)
             self._file.close()
@@ -174,7 +174,7 @@ class ArtifactWriter:
 
     def _write(self, kind: int, name: str, body: U8, shape: tuple[int, ...]) -> None:
         crc = 0
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             self._position += -self._position % ALIGN
             self._file.seek(self._position)
             for begin in range(0, body.nbytes, WRITE_CHUNK):
@@ -307,15 +307,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except HaomiaoError:
-        raise
-    except OSError as wrong:
-        if wrong.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UnavailableError(f"no room on the disk for {target}") from None
-        raise UnavailableError(f"{target} cannot be written ({wrong.strerror or wrong})") from None

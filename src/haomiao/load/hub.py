@@ -7,7 +7,6 @@ pickles or code. Large files are checked against the hash that names them. Knows
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import importlib
 import re
@@ -20,6 +19,7 @@ from typing import Any
 from haomiao import config
 from haomiao.errors import DownloadError, HaomiaoError, InputError, ModelError, ModelNotFoundError, UnavailableError
 from haomiao.load.checkpoint import INDEX, PICKLES, SINGLE, TEXT_FILES
+from haomiao.load.disk import FULL
 from haomiao.load.source import Progress
 
 PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
@@ -254,7 +254,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
         raise
     except Exception as wrong:
         text = (str(wrong).strip() or type(wrong).__name__).splitlines()[0][:200]
-        if isinstance(wrong, OSError) and wrong.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(wrong, OSError) and wrong.errno in FULL:
             raise UnavailableError(f"no room on the disk for {repo}") from None
         for kind, make in kinds:
             if isinstance(wrong, kind):

@@ -176,6 +176,8 @@ async def _prompt(service: Service, form: str | list[int], choices: list[str] | 
         return Prompt(form, ids)
     if choices is not None:
         text, known = form, service.prompts.tokenizer
+        if (codes := known.codes(choices)) is not None:
+            return Prompt(form, await service.prompts.text(form), codes)
         ids, options = await service.prompts.options(
             text, lambda more: [*known.prefix_ids, *known.encode_part(text + more, True)], choices
         )

@@ -181,7 +181,7 @@ class Prompts:
         for choice in choices:
             self.check_size(len(choice), "choice")
         tokenizer = self.tokenizer
-        return await self.run(lambda: [tokenizer.encode_part(choice, False) for choice in choices])
+        return await self.run(lambda: tokenizer.encode_options(choices))
 
     def check_size(self, size: int, param: str) -> None:
         """Refuse `size` characters or bytes of text that cannot fit, however they are tokenized. Raises

@@ -24,7 +24,8 @@ from haomiao.errors import InputError
 from haomiao.load.source import open_source
 from haomiao.models.plan import Plan
 from haomiao.models.registry import plan_for
-from haomiao.train.command import Live, run_command
+from haomiao.progress import ProgressBar
+from haomiao.train.command import run_command
 from haomiao.train.devices import precise, take_device
 from haomiao.train.graph import Graph
 from haomiao.train.grow import Grown
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--start", metavar="MODEL", help="begin as this smaller model, and grow it")
     args = parser.parse_args(argv)
     training = read_training(args.config, steps=args.steps, threads=args.threads, device=args.device)
-    with Live() as live:
+    with ProgressBar(counted=True) as bar:
         finished = pretrain(
             training,
             args.data,
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
             start=args.start,
             restart=args.restart,
             export_only=args.export,
-            tell=live,
+            tell=bar,
         )
     held: dict[str, Any] = next((line for line in reversed(read_log(args.out)) if "valid_loss" in line), {})
     for name in held:

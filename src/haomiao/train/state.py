@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from haomiao.compress.calibrate import disk_errors
 from haomiao.errors import InputError, ModelError
+from haomiao.load.disk import disk_errors
 from haomiao.load.jsonfile import parse_object
 
 KEPT = 2
@@ -43,7 +43,7 @@ class RunFolder:
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, part_mib: int = 16, restart: bool = False) -> None:
         self.folder, self._part = folder, part_mib << 20
         self._identity = json.loads(json.dumps(identity, sort_keys=True))
-        with disk_errors(folder / LOCK_FILE):
+        with disk_errors(folder / LOCK_FILE, kept=True):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -66,7 +66,7 @@ class RunFolder:
 
         name = f"state-{state.step:08d}"
         temporary = self.folder / f".{name}"
-        with disk_errors(temporary):
+        with disk_errors(temporary, kept=True):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             data = save({key: value.detach().cpu().contiguous() for key, value in state.tensors.items()})

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from haomiao.compress.calibrate import disk_errors
+from haomiao.load.disk import disk_errors
 
 LEAST_REST = 1e-6
 """Mass that the rest is never below: float16 log-probabilities may sum to more than one."""
@@ -37,7 +37,7 @@ class Teacher:
             return
         shape = (*self._samples.shape, self.k)
         parts = [path.with_suffix(".part") for path in self._paths]
-        with disk_errors(parts[0]):
+        with disk_errors(parts[0], kept=True):
             parts[0].parent.mkdir(parents=True, exist_ok=True)
             ids = np.lib.format.open_memmap(parts[0], mode="w+", dtype=np.int32, shape=shape)
             logprobs = np.lib.format.open_memmap(parts[1], mode="w+", dtype=np.float16, shape=shape)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haomiao.compress.calibrate import disk_errors
 from haomiao.compress.export.compressed_tensors import check_target
 from haomiao.compress.export.parts import rows_of
 from haomiao.errors import ModelError, UnsupportedModelError
+from haomiao.load.disk import disk_errors
 from haomiao.load.source import TensorSource
 from haomiao.models.convert import resolve
 from haomiao.models.encode import Encoder

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from haomiao.compress.calibrate import disk_errors
 from haomiao.compress.export.parts import Part, config_of, parts
 from haomiao.errors import InputError
 from haomiao.load.artifact import Artifact
+from haomiao.load.disk import disk_errors
 from haomiao.models.registry import plan_for
 
 FORMATS = {"int4": "pack-quantized", "int8": "int-quantized"}

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from haomiao.compress.calibrate import disk_errors
 from haomiao.compress.export.gguf_blocks import BLOCK, pack_blocks
 from haomiao.compress.export.gguf_config import QUANTIZATION_VERSION, agrees, architecture_of, describe
 from haomiao.compress.export.gguf_file import Value, write_file
@@ -29,6 +28,7 @@ from haomiao.errors import InputError, UnsupportedModelError
 from haomiao.kernels.pack import unpack_codes
 from haomiao.kernels.rtn import quantize_int8
 from haomiao.load.artifact import Artifact
+from haomiao.load.disk import disk_errors
 from haomiao.load.gguf.names import untranslate
 from haomiao.models.plan import Attention, Plan
 from haomiao.models.registry import plan_for

@@ -72,7 +72,7 @@ class Search:
     def _figures(self, state: State, windows: int) -> dict[str, Any]:
         model = self.database.model(state)
         held = self.job.samples.held_out[: windows or None]
-        self.job.say("searching")
+        self.job.headway.tell("searching")
         found: dict[str, Any] = measure_points(
             model.plan,
             model.tensors,
@@ -90,7 +90,7 @@ class Search:
         return self._features[state.key()]
 
     def _time(self, state: State, name: str = "ms") -> float:
-        self.job.say("timing")
+        self.job.headway.tell("timing")
         return float(self._measured(f"{name} {state.key()}", lambda: self._clock(state)))
 
     def _clock(self, state: State) -> float:
