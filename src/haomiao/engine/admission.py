@@ -148,7 +148,7 @@ def admit(
         needed = _late_by(work, alone[work.key].first_ns, alone[work.key].end_ns)
         raise BudgetError(
             f"{_budget(work)} cannot be kept: even an idle machine needs {needed / 1e6:.1f} ms",
-            param="budget_ms",
+            param="budget_ms" if work.deadline_ns is not None else "ttft_ms",
             predicted_ms=needed / 1e6,
         )
     finish = loaded[work.key]

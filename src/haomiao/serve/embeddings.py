@@ -31,7 +31,7 @@ MAX_INPUTS = 2048
 MAX_VALUES = 4 << 20
 """Numbers in one answer."""
 AT_ONCE = 64
-"""Inputs of one request that are in the engine's queue; the queue is there for everybody."""
+"""Inputs of one request that are in the engine's queue: it is there for everybody, and admission looks at all of it."""
 
 
 async def embeddings(request: Request) -> Response:
