@@ -101,7 +101,7 @@ def test_executors_agree(name: str, kind: str, tmp_path: Path) -> None:
             make_executor(each, artifact, max_context=case.max_context, kv_type="f32", kv_blocks=40)
             for each in ("reference", kind)
         )
-        assert ours.hidden_size == theirs.hidden_size == case.config["hidden_size"]
+        assert ours.hidden_size == theirs.hidden_size == case.config.get("hidden_size", case.config.get("n_embd"))
         expected = states_of(theirs, tokens, "full")
         assert relative_error(states_of(ours, tokens, "full", (13,)), expected) <= 1e-4
 

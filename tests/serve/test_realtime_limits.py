@@ -218,8 +218,10 @@ def test_keys_and_sessions_do_not_share_prefixes(start: Callable[..., Running]) 
 
 
 @pytest.mark.parametrize("turns", [0, 1, 3])
-def test_an_answer_whose_task_never_began_is_not_counted_for_ever(turns: int) -> None:
+def test_an_answer_whose_task_never_began_is_not_counted_for_ever(turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection ends in the moment in which an answer was asked for: its task is cancelled before it begins."""
+
+    monkeypatch.setattr(Service, "max_kl", None)  # it asks the model, of which there is none here
 
     async def ended_at_once() -> int:
         service = Service(Settings())

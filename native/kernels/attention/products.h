@@ -56,15 +56,17 @@ class Ahead {
 template <typename T>
 struct Split {
   const AttentionCall& call;
+  int64_t first_block;  // of the sequence
   Ahead* ahead;
   const int32_t* blocks;
   uint8_t* base;
   int64_t stride, keys, values;  // of a block; elements of its K and V
 
-  Split(const AttentionCall& of, int64_t first_block, Ahead* next)
+  Split(const AttentionCall& of, int64_t first, Ahead* next)
       : call(of),
+        first_block(first),
         ahead(next),
-        blocks(of.blocks + first_block),
+        blocks(of.blocks + first),
         base(const_cast<uint8_t*>(of.base)),
         stride(of.block_stride),
         keys(kKvBlock * even_dim(of.head_dim)),

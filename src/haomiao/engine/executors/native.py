@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from haomiao import _core
+from haomiao.engine.executors.crew import Crew
 from haomiao.errors import HaomiaoError, InputError, ModelError, UnavailableError, UnsupportedModelError
 from haomiao.kernels.isa import available, selected
 from haomiao.kernels.packed import ENCODINGS, PackedTensor
@@ -27,10 +28,11 @@ class NativeExecutor:
 
     `tensors` and `vectors` hold the plan's weights by name; they may be views of a mapped file and stay referenced.
     `points` must be switchable (one family). `threads` defaults to the physical cores that affinity mask and cgroup
-    quota permit. The calling thread works as thread 0: it is pinned during a step and free again afterwards, unless
-    `pin` is False. A step holds at most `max_step_tokens` tokens. Raises `ModelError` for a plan or weights that
-    contradict themselves, `UnsupportedModelError` for operations that do not exist here, `InputError` for options,
-    `UnavailableError` if the memory or the instruction set is not there.
+    quota permit; a step is computed by fewer where that is quicker, unless `crew` is False (engine/executors/crew.py).
+    The calling thread works as thread 0: it is pinned during a step and free again afterwards, unless `pin` is False. A
+    step holds at most `max_step_tokens` tokens. Raises `ModelError` for a plan or weights that contradict themselves,
+    `UnsupportedModelError` for operations that do not exist here, `InputError` for options, `UnavailableError` if the
+    memory or the instruction set is not there.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class NativeExecutor:
         threads: int | None = None,
         isa: str | None = None,
         pin: bool = True,
+        crew: bool = True,
     ) -> None:
         specs = [_point(name) for name in points]
         if len({spec.family for spec in specs}) != 1:
@@ -80,6 +83,7 @@ class NativeExecutor:
         self._runner: _core.Runner | None = runner
         self.threads: int = runner.threads
         self.isa: str = runner.isa
+        self._crew = Crew(self.threads) if crew and self.threads > 1 else None
         self.max_context: int = runner.max_context
         self.kv_bytes_per_block: int = runner.kv_bytes_per_block
         self.hidden_size: int = runner.hidden_size
@@ -108,11 +112,15 @@ class NativeExecutor:
         if batch.hidden_rows is not None:
             wanted = _int32("hidden_rows", batch.hidden_rows, 1)
             hidden = np.empty((wanted.shape[0], self.hidden_size), np.float32)
+        if self._crew is not None:
+            runner.active = self._crew.choose(batch.point, len(batch.token_ids), runner.crowded)
         try:
             index = self.points.index(batch.point)
             elapsed = runner.step(index, *arrays, rows, greedy, copies, logits, argmax, wanted, hidden)
         except ValueError as error:
             raise InputError(f"step: {error}") from None
+        if self._crew is not None:
+            self._crew.observe(batch.point, len(batch.token_ids), runner.active, elapsed)
         return StepResult(logits, argmax, elapsed, hidden)
 
     def copy_blocks(self, pairs: I32) -> None:
