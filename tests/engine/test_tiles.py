@@ -29,7 +29,7 @@ VOCAB = CASE.config["vocab_size"]
 RECIPES: dict[str, dict[str, Any]] = {
     "nested": {"prune": ["tile:0.3"]},
     "int8": {"prune": ["tile:0.3"], "bits": 8},
-    "int4, wide groups": {"prune": ["tile:0.3"], "lo": False, "group": 64},
+    "int4": {"prune": ["tile:0.3"], "lo": False, "order": "static"},
 }
 
 
