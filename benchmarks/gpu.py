@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import platform
 import sys
@@ -23,6 +24,19 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent / "src")]
+
+NEEDED = {"numpy": "numpy", "torch": "PyTorch", "triton": "Triton"}
+EXIT_UNAVAILABLE = 7
+
+
+if __name__ == "__main__":
+    absent = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if absent and {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        sys.exit(0)
+    if absent:
+        print(f"benchmarks.gpu: {', '.join(absent)} missing: pip install 'haomiao[torch]'", file=sys.stderr)
+        sys.exit(EXIT_UNAVAILABLE)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

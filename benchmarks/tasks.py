@@ -7,8 +7,8 @@ Each task's file is split once by seed: 80 % to learn, 10 % to stop by, 10 % to 
 The model is fine-tuned (`haomiao finetune`, PyTorch) on the first two, compressed by the pipeline (GPTQ on the task's
 own text) and asked `LLM.choose` for each of the last; its accuracy stands with a 95 % interval (bootstrap) beside that
 of scikit-learn's TF-IDF (words and characters) with logistic regression on the same split, whose strength is chosen on
-the second part. Labels are learnt as single tokens (`labels.json` keeps them): what is chosen is shorter, so it is
-decided sooner. Milliseconds are of whole calls, one after the other. The machine is printed first, one JSON line last.
+the second part. `difference` is over the same examples (ours minus TF-IDF's). Milliseconds are of whole calls, one
+after the other. `--share 0.5` learns from half of the first part. The machine is printed first, one JSON line last.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from haomiao.metrics.statistics import Interval, bootstrap_mean
 
 Rows = list[tuple[str, str]]  # (text, label)
 SEED = 1
-CODES = [*"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+*#$"]
-"""One token each in any byte-level vocabulary."""
 WARMING = 20
 
 
@@ -88,9 +86,9 @@ def splits(rows: Rows) -> tuple[Rows, Rows, Rows]:
     return kept[2 * tenth :], kept[:tenth], kept[tenth : 2 * tenth]
 
 
-def write(path: Path, rows: Rows, codes: dict[str, str]) -> Path:
+def write(path: Path, rows: Rows) -> Path:
     """Rows as the commands read them."""
-    lines = [json.dumps({"text": text, "label": codes[label]}, ensure_ascii=False) for text, label in rows]
+    lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -103,7 +101,7 @@ def learn(folder: Path, args: argparse.Namespace) -> None:
     threads = ["--threads", str(args.threads)]
     if not (folder / "model").exists():
         given = ["--data", str(folder / "train.jsonl"), "--valid", str(folder / "valid.jsonl"), *threads]
-        limits = ["--epochs", str(args.epochs), "--rate", str(args.rate), "--length", "128", "--device", args.device]
+        limits = ["--length", "128", "--device", args.device, *args.finetune.split()]
         if haomiao(["finetune", *model, *given, *limits, "-o", str(folder / "model")]):
             raise SystemExit("fine-tuning did not end")
     if not (folder / "artifact").exists():
@@ -115,25 +113,24 @@ def learn(folder: Path, args: argparse.Namespace) -> None:
             raise SystemExit("compression did not end")
 
 
-def judge(folder: Path, rows: Rows, codes: dict[str, str], point: str, threads: int) -> dict[str, Any]:
-    """Accuracy and milliseconds of the model's choices."""
+def judge(folder: Path, rows: Rows, point: str, threads: int) -> tuple[list[float], list[float]]:
+    """Which of the model's choices are right, and milliseconds of each."""
     from haomiao.api import LLM
 
-    options = [codes[label] for label in sorted(codes)]
     right, took = [], []
     path = folder / ("artifact" if point != "full" else "model")
     with LLM(str(path), point=point, threads=threads, max_context=256, speculate="off") as llm:
         for text, _ in rows[:WARMING]:
-            llm.choose(f"{text}\n", options)
+            llm.decide(text)
         for text, label in rows:
             began = time.perf_counter()
-            choice = llm.choose(f"{text}\n", options)
+            choice = llm.decide(text)
             took.append(1e3 * (time.perf_counter() - began))
-            right.append(float(choice.option == codes[label]))
-    return {"accuracy": interval(bootstrap_mean(right)), "ms": milliseconds(took), "threads": threads}
+            right.append(float(choice.option == label))
+    return right, took
 
 
-def linear(train: Rows, valid: Rows, test: Rows) -> dict[str, Any]:
+def linear(train: Rows, valid: Rows, test: Rows) -> tuple[list[float], list[float]]:
     """TF-IDF of words and of characters, logistic regression; its strength by accuracy on `valid`."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -155,7 +152,15 @@ def linear(train: Rows, valid: Rows, test: Rows) -> dict[str, Any]:
         began = time.perf_counter()
         best.predict([text])
         took.append(1e3 * (time.perf_counter() - began))
-    return {"accuracy": interval(bootstrap_mean(accuracy(best, test))), "ms": milliseconds(took)}
+    return accuracy(best, test), took
+
+
+def account(right: list[float], took: list[float], other: list[float] | None = None) -> dict[str, Any]:
+    """Accuracy, milliseconds, and (against `other`) the difference of accuracies over the same examples."""
+    found: dict[str, Any] = {"accuracy": interval(bootstrap_mean(right)), "ms": milliseconds(took)}
+    if other is not None:
+        found["difference"] = interval(bootstrap_mean([a - b for a, b in zip(right, other, strict=True)]))
+    return found
 
 
 def interval(found: Interval) -> dict[str, float]:
@@ -175,8 +180,8 @@ def main() -> None:
     parser.add_argument("--task", action="append", choices=list(TASKS), required=True, help="repeatable")
     parser.add_argument("--work", type=Path, required=True, help="folder for splits and models")
     parser.add_argument("--model", help="what is fine-tuned (default: the embedded model)")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--rate", type=float, default=0.001)
+    parser.add_argument("--finetune", default="", metavar="FLAGS", help="more flags of haomiao finetune, in one word")
+    parser.add_argument("--share", type=float, default=1.0, help="of what is learnt from, for the curve of data")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--only", choices=("learn", "measure"))
@@ -195,24 +200,23 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         train, valid, test = splits(TASKS[name](args.root))
-        labels = sorted({label for part in (train, valid, test) for _, label in part})
-        codes = dict(zip(labels, CODES, strict=False))
-        if len(codes) < len(labels):
-            raise SystemExit(f"{name}: {len(labels)} labels, {len(CODES)} single tokens")
-        (folder / "labels.json").write_text(json.dumps(codes, ensure_ascii=False, indent=1), encoding="utf-8")
+        train = train[: round(args.share * len(train))]
+        labels = {label for _, label in train}
         for part, rows in (("train", train), ("valid", valid), ("test", test)):
-            write(folder / f"{part}.jsonl", rows, codes)
+            write(folder / f"{part}.jsonl", rows)
         if args.only != "measure":
             learn(folder, args)
         if args.only != "learn":
-            found = {point: judge(folder, test, codes, point, args.threads) for point in args.points.split(",")}
-            most = max(sum(label == each for _, label in test) for each in labels) / len(test)
+            plain, plain_took = linear(train, valid, test)
             results[name] = {
                 "labels": len(labels),
                 "examples": [len(train), len(valid), len(test)],
-                "most_frequent": round(most, 4),
-                "haomiao": found,
-                "linear": linear(train, valid, test),
+                "most_frequent": round(max(sum(label == each for _, label in test) for each in labels) / len(test), 4),
+                "threads": args.threads,
+                "haomiao": {
+                    point: account(*judge(folder, test, point, args.threads), plain) for point in args.points.split(",")
+                },
+                "linear": account(plain, plain_took),
             }
             print(name, json.dumps(results[name]), flush=True)
     if args.out:

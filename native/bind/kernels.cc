@@ -168,15 +168,25 @@ const HeadKernels& head_of(const std::string& isa) {
 
 // Checks what all screening kernels need, and returns the groups of 32 columns.
 size_t groups_of(const OwnedWeight& owned, int64_t tile) {
-  require(owned.weight.encoding == Encoding::planes && owned.weight.lo && !owned.weight.mask.bits,
-          "screening needs both planes, whole");
+  require(owned.weight.encoding == Encoding::planes && !owned.weight.mask.bits, "screening needs planes, whole");
   require(0 <= tile && tile < (int64_t{owned.weight.rows} + kTileRows - 1) / kTileRows, "the tile is outside");
   return static_cast<size_t>(owned.weight.padded_cols) / kGroup;
 }
 
 void lo_norms(const std::string& isa, const OwnedWeight& owned, int64_t tile, OutVector norms) {
-  require(norms.size() == groups_of(owned, tile), "norms must be [padded_cols / 32]");
+  require(norms.size() == groups_of(owned, tile) && owned.weight.lo, "norms must be [padded_cols / 32], of two planes");
   head_of(isa).lo_norms(owned.weight, static_cast<int>(tile), norms.data());
+}
+
+void sketch(const std::string& isa, const OwnedWeight& owned, int64_t tile,
+            nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> hi, OutVector norms) {
+  const Weight& w = owned.weight;
+  require(w.encoding == Encoding::int8 && !w.mask.bits, "a sketch is made of one-byte codes, whole");
+  require(0 <= tile && tile < (int64_t{w.rows} + kTileRows - 1) / kTileRows, "the tile is outside");
+  const int groups = w.padded_cols / w.group, bytes = groups * (kTileRows * 2 + w.group * kTileRows / 2);
+  require(hi.size() == static_cast<size_t>(bytes) && norms.size() == static_cast<size_t>(w.padded_cols) / kGroup,
+          "hi must be [bytes of a tile of planes], norms [padded_cols / 32]");
+  head_of(isa).sketch(w, static_cast<int>(tile), hi.data(), norms.data());
 }
 
 void lengths(const std::string& isa, Vector x, OutVector out) {
@@ -240,6 +250,8 @@ void bind_kernels(nb::module_& m) {
         "tile_begin"_a, "tile_end"_a, "out[t, row] for the rows of tiles [tile_begin, tile_end).");
   m.def("read_row", read_row, "isa"_a, "weight"_a, "row"_a, "out"_a, "One row as float32, every stored plane used.");
   m.def("lo_norms", lo_norms, "isa"_a, "weight"_a, "tile"_a, "norms"_a, "kernels/head: bounds of a tile's lo plane.");
+  m.def("head_sketch", sketch, "isa"_a, "weight"_a, "tile"_a, "hi"_a, "norms"_a,
+        "kernels/head: the hi plane of a tile of one-byte codes, and bounds of what it leaves out.");
   m.def("lengths", lengths, "isa"_a, "x"_a, "lengths"_a, "kernels/head: lengths of a row's groups of 32 columns.");
   m.def("head_bound", bound, "isa"_a, "weight"_a, "tile"_a, "norms"_a, "lengths"_a, "h"_a,
         "kernels/head: (no logit of the tile exceeds this, the greatest by the hi plane).");

@@ -97,7 +97,8 @@ void Runner::screen(const LogitsPhase& phase, const Prepared& prepared, size_t i
 // upper_ for the tiles that this thread takes, and reached: the greatest logit of the one that looks best, per row.
 void Runner::bound_tiles(const LogitsPhase& phase, const Prepared& prepared, size_t index, int thread) {
   const Thread& memory = thread_memory_[static_cast<size_t>(thread)];
-  const Weight& w = weight(phase.head.weight);
+  const Weight& whole = weight(phase.head.weight);
+  const Weight& w = sketch_.hi ? sketch_ : whole;
   const int rows = static_cast<int>(batch_.rows), tiles = tiles_of(w), groups = w.padded_cols / kGroup;
   float seen[kFewTokens];
   int best[kFewTokens];
@@ -110,11 +111,11 @@ void Runner::bound_tiles(const LogitsPhase& phase, const Prepared& prepared, siz
   }
   const auto work = [&](int, Share taken) {
     const int first = taken.begin, last = taken.end, stride = kHeadTiles * kTileRows;
+    for (int tile = first; tile < last && !lo_norms_known_; ++tile) measure_tile(whole, tile);
     kernels_.linear->linear({&w, Planes::hi, Activation::int8, prepared.activations, rows, first, last,
                              memory.tile - first * kTileRows, stride, nullptr, memory.scratch});
     for (int tile = first; tile < last; ++tile) {
-      float* norms = lo_norms_ + int64_t{tile} * groups;
-      if (!lo_norms_known_) kernels_.head->lo_norms(w, tile, norms);
+      const float* norms = lo_norms_ + int64_t{tile} * groups;
       for (int r = 0; r < rows; ++r) {
         const float* h = memory.tile + r * stride + (tile - first) * kTileRows;
         const TileBound bound = kernels_.head->bound(w, tile, norms, memory.lengths + r * groups, h);
@@ -131,6 +132,13 @@ void Runner::bound_tiles(const LogitsPhase& phase, const Prepared& prepared, siz
     const float* y = memory.tile;
     memory.reached[r] = y[kernels_.rowwise->argmax(y, count)];
   }
+}
+
+// The norms of a tile of the head, and its sketch where that takes the place of a hi plane.
+void Runner::measure_tile(const Weight& head, int tile) {
+  float* norms = lo_norms_ + int64_t{tile} * (head.padded_cols / kGroup);
+  if (!sketch_.hi) return kernels_.head->lo_norms(head, tile, norms);
+  kernels_.head->sketch(head, tile, sketch_memory_.data() + tile * sketch_.hi_tile_bytes, norms);
 }
 
 // Both planes of a few tiles for one row or all, logits [rows][tiles * 32] in the thread's tile memory.

@@ -33,10 +33,11 @@ std::vector<int> multiplied(const Plan& plan) {
   return list;
 }
 
-// Screening leaves a plane unread, and needs logits that keep the order of their products.
+// Screening leaves a plane or most bytes unread, and needs logits that keep the order of their products.
 bool can_screen(const HeadOp& head, const Weight& w) {
-  return w.encoding == Encoding::planes && w.lo && !w.mask.bits && head.bias == kNone && head.softcap == 0 &&
-         head.scale >= 0x1p-60f && head.scale <= 0x1p60f;
+  const bool divided = (w.encoding == Encoding::planes && w.lo) || w.encoding == Encoding::int8;
+  return divided && !w.mask.bits && head.bias == kNone && head.softcap == 0 && head.scale >= 0x1p-60f &&
+         head.scale <= 0x1p60f;
 }
 
 int64_t now_ns() {
@@ -154,6 +155,10 @@ void Runner::reserve_memory() {
     const HeadOp* head = std::get_if<HeadOp>(&op);
     if (head) screened_ = !screened_ && can_screen(*head, weight(head->weight)) ? head : nullptr;
   }
+  if (screened_ && weight(screened_->weight).encoding == Encoding::int8) {
+    reserve_sketch(weight(screened_->weight));
+    scratch = std::max(scratch, linear.scratch_bytes(sketch_, max_tokens_));
+  }
   const size_t head_tiles = screened_ ? static_cast<size_t>(tiles_of(weight(screened_->weight))) : 0;
   const size_t head_groups = screened_ ? static_cast<size_t>(weight(screened_->weight).padded_cols) / kGroup : 0;
   const size_t lo_norms_at = arena_.reserve(head_tiles * head_groups * sizeof(float));
@@ -208,6 +213,15 @@ void Runner::reserve_memory() {
   }
   next_ = std::make_unique<std::atomic<uint32_t>[]>(2 * phases_.size());
   phase_ns_.resize(phases_.size());
+}
+
+// Untouched until a step screens, so that who never does does not pay for it.
+void Runner::reserve_sketch(const Weight& w) {
+  const int64_t tile_bytes = int64_t{w.padded_cols / w.group} * (kTileRows * 2 + w.group * kTileRows / 2);
+  sketch_memory_ = Mapping(static_cast<size_t>(tile_bytes * tiles_of(w)));
+  sketch_ = w;
+  sketch_.encoding = Encoding::planes;
+  sketch_.hi = sketch_memory_.data(), sketch_.hi_tile_bytes = tile_bytes;
 }
 
 Activation Runner::activation_of(const Weight& weight) const {

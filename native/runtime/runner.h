@@ -105,6 +105,7 @@ class Runner {
   void check_points() const;
   void find_tail();
   void reserve_memory();
+  void reserve_sketch(const Weight& head);
   void begin_step(const PointSpec& point, const Batch& batch, float* logits);
   void choose_argmax(int32_t* argmax) const;
 
@@ -144,6 +145,7 @@ class Runner {
   void take_best(const Thread& memory, int row, float value, int at) const;
   void screen(const LogitsPhase& phase, const Prepared& prepared, size_t index, int thread);
   void bound_tiles(const LogitsPhase& phase, const Prepared& prepared, size_t index, int thread);
+  void measure_tile(const Weight& head, int tile);
   void multiply_head(const HeadOp& op, const Prepared& prepared, Share rows, Share tiles, bool scaled,
                      const Thread& memory);
   void rescore(const HeadOp& op, const Prepared& prepared, Share rows, Share tiles, const Thread& memory);
@@ -230,6 +232,8 @@ class Runner {
   float* lo_norms_ = nullptr;         // [tiles][groups] of the head, once lo_norms_known_
   float* upper_ = nullptr;            // [kFewTokens][tiles]: bounds of this step's rows
   bool lo_norms_known_ = false;
+  Mapping sketch_memory_;  // of a screened head of one-byte codes: a hi plane made from them, once lo_norms_known_
+  Weight sketch_{};
   size_t last_attention_ = 0;         // its phase, or phases_.size() if what follows cannot run for some rows alone
   std::vector<int> carried_;          // buffers that are read after the last attention, its own output aside
   int unscreened_ = 0, backoff_ = 0;  // steps to go before screening is tried again; how many the last failure cost

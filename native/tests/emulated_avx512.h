@@ -70,6 +70,7 @@ static inline Floats add_ps(Floats a, Floats b) { return halves<Floats>(_mm256_a
 static inline Floats sub_ps(Floats a, Floats b) { return halves<Floats>(_mm256_sub_ps, a, b); }
 static inline Floats mul_ps(Floats a, Floats b) { return halves<Floats>(_mm256_mul_ps, a, b); }
 static inline Floats div_ps(Floats a, Floats b) { return halves<Floats>(_mm256_div_ps, a, b); }
+static inline Floats max_ps(Floats a, Floats b) { return halves<Floats>(_mm256_max_ps, a, b); }
 static inline Floats fmadd_ps(Floats a, Floats b, Floats c) { return halves<Floats>(_mm256_fmadd_ps, a, b, c); }
 static inline Floats fnmadd_ps(Floats a, Floats b, Floats c) { return halves<Floats>(_mm256_fnmadd_ps, a, b, c); }
 static inline Floats abs_ps(Floats a) {
@@ -215,6 +216,7 @@ static inline void dpbf16(Floats& sum, Integers a, Integers b) {
 #define _mm512_mask_storeu_ps haomiao::emulated::mask_storeu_ps
 #define _mm512_maskz_loadu_ps haomiao::emulated::maskz_loadu_ps
 #define _mm512_max_epi32 haomiao::emulated::max_epi32
+#define _mm512_max_ps haomiao::emulated::max_ps
 #define _mm512_mul_ps haomiao::emulated::mul_ps
 #define _mm512_reduce_add_epi32 haomiao::emulated::reduce_add_epi32
 #define _mm512_reduce_max_epi32 haomiao::emulated::reduce_max_epi32

@@ -17,6 +17,7 @@ from tests.engine.tiny import (
     Model,
     Shape,
     Span,
+    Storage,
     assert_same_bits,
     blocks_for,
     make_batch,
@@ -40,9 +41,19 @@ def near_ties(model: Model, rng: np.random.Generator, equal: float) -> None:
     model.tensors["head"] = pack.pack_planes(hi, lo, scales, head.group, 4)
 
 
-def with_head(seed: int, equal: float, scale: float, vocab: int = 700) -> Model:
+def to_bytes(model: Model) -> None:
+    """The head's codes, cut to a byte, with the scales of one-byte codes."""
+    head = model.tensors["head"]
+    codes, _ = pack.unpack_codes(head, "hi+lo")
+    scales = pack.unpack_codes(head, "hi")[1]
+    model.tensors["head"] = pack.pack_int8(np.clip(codes, -128, 127), (scales / 16).astype(np.float16), head.group)
+
+
+def with_head(seed: int, equal: float, scale: float, vocab: int = 700, storage: str = "planes") -> Model:
     model = make_model(Shape(layers=1, vocab=vocab), "planes", seed)
     near_ties(model, np.random.default_rng(seed), equal)
+    if storage == "int8":
+        to_bytes(model)
     weights = {**model.plan.weights, "head": ops.WeightSpec("head", "matrix", vocab, 64, ("head",))}
     body = (*model.plan.ops[:-1], ops.Head("h", "head", None, scale, 0.0))
     return replace(model, plan=replace(model.plan, weights=weights, ops=body))
@@ -55,12 +66,13 @@ def with_head(seed: int, equal: float, scale: float, vocab: int = 700) -> Model:
     threads=st.integers(1, 4),
     rows=st.lists(st.integers(0, 39), min_size=1, max_size=8, unique=True),
     point=st.sampled_from(["int8", "int4"]),
+    storage=st.sampled_from(["planes", "int8"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_screening_finds_the_argmax_of_the_full_head(
-    seed: int, equal: float, scale: float, threads: int, rows: list[int], point: str
+    seed: int, equal: float, scale: float, threads: int, rows: list[int], point: str, storage: str
 ) -> None:
-    model = with_head(seed, equal, scale)
+    model = with_head(seed, equal, scale, storage=storage)
     span = Span(tokens_of(40, seed % 100), 0, blocks_for(40))
     batch = make_batch([span], point, rows=sorted(rows))
     for isa in available():
@@ -76,13 +88,16 @@ def test_screening_finds_the_argmax_of_the_full_head(
         executor.close()
 
 
-def test_screening_reads_little_where_one_token_stands_out() -> None:
+@pytest.mark.parametrize("storage", ["planes", "int8"])
+def test_screening_reads_little_where_one_token_stands_out(storage: str) -> None:
     model = with_head(3, 1.0, 1.0, vocab=4000)
     head = model.tensors["head"]
     hi, lo = pack.split_codes(pack.unpack_codes(head, "hi+lo")[0], 4)
     loud = np.where(np.arange(head.rows) // 32 == 70, 1.0, 0.05)[:, None]
     scales = (np.abs(pack.unpack_codes(head, "hi")[1]) * loud).astype(np.float16)
     model.tensors["head"] = pack.pack_planes(hi, lo, scales, head.group, 4)
+    if storage == "int8":
+        to_bytes(model)
     executor = native(model, "int4", threads=2)
     executor.step(make_batch([Span(tokens_of(20), 0, blocks_for(21))], "int4", rows=[]))
     shares = []
@@ -120,12 +135,12 @@ def test_rows_that_are_wanted_whole_keep_the_others_whole() -> None:
             executor.step(replace(batch, greedy=wrong))
 
 
-def test_heads_without_a_second_plane_are_computed_whole() -> None:
-    for storage in ("int8", "f32"):
-        model = make_model(Shape(), storage)  # type: ignore[arg-type]
-        executor = native(model, "int8" if storage == "int8" else "full")
-        batch = make_batch([Span(tokens_of(9), 0, blocks_for(9))], executor.points[0], rows=[8])
-        expected = executor.step(batch)
-        greedy = executor.step(replace(batch, greedy=np.ones(1, np.bool_)))
-        np.testing.assert_array_equal(greedy.argmax, expected.argmax)
-        assert executor.last_step_rescored() is None
+@pytest.mark.parametrize(("storage", "softcap"), [("f32", 0.0), ("int8", 20.0)])
+def test_heads_that_cannot_be_screened_are_computed_whole(storage: Storage, softcap: float) -> None:
+    model = make_model(Shape(softcap=softcap), storage)
+    executor = native(model, "int8" if storage == "int8" else "full")
+    batch = make_batch([Span(tokens_of(9), 0, blocks_for(9))], executor.points[0], rows=[8])
+    expected = executor.step(batch)
+    greedy = executor.step(replace(batch, greedy=np.ones(1, np.bool_)))
+    np.testing.assert_array_equal(greedy.argmax, expected.argmax)
+    assert executor.last_step_rescored() is None

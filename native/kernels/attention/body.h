@@ -58,10 +58,24 @@ size_t scratch_bytes(int heads_per_kv, int head_dim, int tokens) { return Scratc
 
 constexpr float kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// Scores of one row, keys [low, high) of the split, to probabilities; `scale` is the query's (int8). Lanes of the first
-// and the last vector that are not seen become 0.
+// Lanes of the keys from `key` on that lie in [low, high), the others `none`.
+inline Lanes seen_only(Lanes x, int key, int low, int high, Lanes none) {
+  if (key >= low && key + 16 <= high) return x;
+  const Lanes index = add(load(kIndex), broadcast(static_cast<float>(key)));
+  x = select_less(index, broadcast(static_cast<float>(low)), none, x);
+  return select_less(index, broadcast(static_cast<float>(high)), x, none);
+}
+
+// What probabilities times the values' scales add up to, and the greatest of them (int8).
+struct Weighed {
+  float greatest, sum;
+};
+
+// Scores of one row, keys [low, high) of the split, to probabilities, for int8 times the values' scales; `scale` is the
+// query's (int8). Lanes of the first and the last vector that are not seen become 0.
 template <typename T>
-inline void soften(const Split<T>& split, float* s, float scale, int low, int high, float* m, float* l) {
+inline Weighed soften(const Split<T>& of, float* s, float scale, int low, int high, float* m, float* l) {
+  const Split<T> split = of;  // what nobody else can change stays in registers
   const int begin = low / 16 * 16, end = (high + 15) / 16 * 16;
   const Lanes none = broadcast(-kInfinity), cap = broadcast(split.call.softcap);
   Lanes top = none;
@@ -72,48 +86,40 @@ inline void soften(const Split<T>& split, float* s, float scale, int low, int hi
       score = multiply(score, multiply(broadcast(scale), keys));
     }
     if (split.call.softcap > 0) score = multiply(cap, tanh_lanes(divide(score, cap)));
-    if (key < low || key + 16 > high) {
-      const Lanes index = add(load(kIndex), broadcast(static_cast<float>(key)));
-      score = select_less(index, broadcast(static_cast<float>(low)), none, score);
-      score = select_less(index, broadcast(static_cast<float>(high)), score, none);
-    }
-    top = select_less(top, score, score, top);
+    score = seen_only(score, key, low, high, none);
+    top = greater(score, top);
     store(s + key, score);
   }
   *m = greatest(top);
-  const Lanes most = broadcast(*m);
-  Lanes total = broadcast(0.0f);
+  const Lanes most = broadcast(*m), zero = broadcast(0.0f);
+  Lanes total = zero, weighed = zero;
+  top = zero;
   for (int key = begin; key < end; key += 16) {
-    const Lanes p = exp_lanes(subtract(load(s + key), most));
+    Lanes p = exp_to_one(subtract(load(s + key), most));
     total = add(total, p);
+    if constexpr (sizeof(T) == 1) {
+      p = multiply(p, load(split.block(key / kKvBlock).value_scales + key % kKvBlock));
+      p = seen_only(p, key, low, high, zero);  // stale scales
+      top = greater(p, top), weighed = add(weighed, p);
+    }
     store(s + key, p);
   }
   *l = sum(total);
+  return {greatest(top), sum(weighed)};
 }
 
 // Probabilities times the values' scales as codes of 16 bits; zero outside the keys [low, high) that are seen, in the
 // whole range [first, last) of the pass.
-inline void quantize_probabilities(const Split<int8_t>& split, const float* s, int low, int high, int first, int last,
+inline void quantize_probabilities(const float* s, const Weighed& weighed, int low, int high, int first, int last,
                                    int16_t* codes, float* scale) {
-  const int begin = low / 16 * 16, end = (high + 15) / 16 * 16, from = first / 16 * 16;
-  memset(codes + from, 0, sizeof(int16_t) * static_cast<size_t>((last + 15) / 16 * 16 - from));
-  *scale = 0;
-  const auto scaled = [&](int key) {
-    const Lanes index = add(load(kIndex), broadcast(static_cast<float>(key))), zero = broadcast(0.0f);
-    Lanes v = multiply(load(s + key), load(split.block(key / kKvBlock).value_scales + key % kKvBlock));
-    if (key < low) v = select_less(index, broadcast(static_cast<float>(low)), zero, v);
-    return key + 16 > high ? select_less(index, broadcast(static_cast<float>(high)), v, zero) : v;  // stale scales
-  };
-  Lanes top = broadcast(0.0f), total = broadcast(0.0f);
-  for (int key = begin; key < end; key += 16) {
-    const Lanes v = scaled(key);
-    top = select_less(top, v, v, top), total = add(total, v);
-  }
-  const float most = greatest(top), all = sum(total), factor = kCodes16 / most;
-  if (!(all < kInfinity)) *scale = __builtin_nanf("");  // a NaN or an infinity among them
-  if (!(all < kInfinity) || factor > kGreatest) return;
-  *scale = most / kCodes16;
-  for (int key = begin; key < end; key += 16) store_rounded(codes + key, multiply(scaled(key), broadcast(factor)));
+  const float factor = kCodes16 / weighed.greatest;
+  const bool finite = weighed.sum < kInfinity, any = finite && low < high && !(factor > kGreatest);
+  *scale = !finite ? __builtin_nanf("") : any ? weighed.greatest / kCodes16 : 0.0f;  // a NaN or an infinity among them
+  const int from = first / 16 * 16, to = (last + 15) / 16 * 16;
+  const int begin = any ? low / 16 * 16 : to, end = any ? (high + 15) / 16 * 16 : to;
+  memset(codes + from, 0, sizeof(int16_t) * static_cast<size_t>(begin - from));
+  for (int key = begin; key < end; key += 16) store_rounded(codes + key, multiply(load(s + key), broadcast(factor)));
+  memset(codes + end, 0, sizeof(int16_t) * static_cast<size_t>(to - end));
 }
 
 // Keys of the split that a token sees: [low, high).
@@ -132,8 +138,8 @@ inline Seen seen_by(const AttentionCall& call, int token, int64_t first_key) {
                                              : high)};
 }
 
-// Blocks lie apart and are short, which the processor's own prefetching does not follow: while the first pass of a
-// split scores a block, its values and the keys of one further on are asked for.
+// Blocks lie apart and are short, which the processor's own prefetching does not follow. Of a split that Ahead did not
+// see coming, the first pass asks for a block's values and for the keys of one further on while it scores the block.
 template <typename T>
 inline void prefetch_for(const Split<T>& split, int block, int last) {
   constexpr int kAhead = 2;
@@ -141,7 +147,7 @@ inline void prefetch_for(const Split<T>& split, int block, int last) {
   const BlockView<T> here = split.block(block);
   const char* values = reinterpret_cast<const char*>(here.v);
   const int64_t value_bytes = kKvBlock * (padded_dim(dim) * static_cast<int64_t>(sizeof(T)) + (sizeof(T) == 1 ? 8 : 0));
-  for (int64_t i = 0; i < value_bytes; i += 64) __builtin_prefetch(values + i);
+  for (int64_t i = 0; i < value_bytes; i += 64) __builtin_prefetch(values + i, 0, 2);
   if (block + kAhead >= last) return;
   const char* keys = reinterpret_cast<const char*>(split.block(block + kAhead).k);
   const int64_t key_bytes = kKvBlock * even_dim(dim) * static_cast<int64_t>(sizeof(T));
@@ -159,6 +165,7 @@ void attend_pass(const Split<T>& split, int row, const Queries& queries, const S
   const Seen first = seen_by(call, row / heads, first_key), last = seen_by(call, (row + R - 1) / heads, first_key);
   for (int block = first.low / kKvBlock; block * kKvBlock < last.high; ++block) {
     if (row == 0) prefetch_for(split, block, (last.high + kKvBlock - 1) / kKvBlock);
+    split.ahead->fetch();
     const T* k = split.block(block).k;
     constexpr int kKeyBytes = sizeof(T) == 1 ? 2 : 1;  // elements from one key to the next
     for (int key = 0; key < kKvBlock; key += 16 * C) {
@@ -170,10 +177,11 @@ void attend_pass(const Split<T>& split, int row, const Queries& queries, const S
     const Seen seen = seen_by(call, (row + r) / heads, first_key);
     float* s = scores.s + r * kKvSplit;
     const bool any = seen.low < seen.high;
-    if (any) soften(split, s, queries.scale[row + r], seen.low, seen.high, state.m + r, state.l + r);
+    Weighed weighed = {0, 0};
+    if (any) weighed = soften(split, s, queries.scale[row + r], seen.low, seen.high, state.m + r, state.l + r);
     if constexpr (sizeof(T) == 1) {
-      quantize_probabilities(split, s, any ? seen.low : 0, any ? seen.high : 0, first.low, last.high,
-                             scores.p + r * kKvSplit, scores.scale + r);
+      quantize_probabilities(s, weighed, seen.low, seen.high, first.low, last.high, scores.p + r * kKvSplit,
+                             scores.scale + r);
     } else {
       const int before = seen.high < common.low ? seen.high : common.low;
       if (any && seen.low < before) add_all_values<1>(split, s, seen.low, before, state.o + r * dim);
@@ -198,12 +206,14 @@ inline void dispatch(int rows, const Split<T>& split, int row, const Queries& qu
   if constexpr (R > 1) dispatch<R - 1>(rows, split, row, queries, scores, state);
 }
 
+inline int passes_of(int rows) { return (rows + kPassRows - 1) / kPassRows; }
+
 // All rows of the call against one split, in passes of about the same size.
 template <typename T>
 void attend_split(const Split<T>& split, const Queries& queries, const Scores& scores, const State& state) {
   const AttentionCall& call = split.call;
   const int rows = call.heads_per_kv * call.tokens, dim = padded_dim(call.head_dim);
-  const int passes = (rows + kPassRows - 1) / kPassRows;
+  const int passes = passes_of(rows);
   for (int pass = 0; pass < passes; ++pass) {
     const int row = rows * pass / passes, end = rows * (pass + 1) / passes;
     const State part = {state.m + row, state.l + row, state.o + static_cast<int64_t>(row) * dim};
@@ -292,7 +302,9 @@ void attend_as(const AttentionCall& call) {
     float* place = call.partials ? call.partials + static_cast<size_t>(split - begin) * floats : states;
     const State state = state_at(place, rows);
     state.clear(rows, dim);
-    attend_split(Split<T>{call, split * (kKvSplit / kKvBlock)}, queries, scores, state);
+    const int64_t next = (split + 1) * kSplitBlocks, blocks = last_key / kKvBlock + 1;
+    Ahead ahead(call, next, next + kSplitBlocks < blocks ? next + kSplitBlocks : blocks, passes_of(rows));
+    attend_split(Split<T>{call, split * kSplitBlocks, &ahead}, queries, scores, state);
     if (!call.partials) join(all, state, rows, dim);
   }
   if (!call.partials) finish(call, all);

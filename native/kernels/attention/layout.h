@@ -36,9 +36,12 @@ struct BlockView {
   float *key_scales, *value_scales;
 
   BlockView(uint8_t* block, int head_dim)
+      : BlockView(block, kKvBlock * even_dim(head_dim), kKvBlock * padded_dim(head_dim)) {}
+  // The same from the elements of K and of V.
+  BlockView(uint8_t* block, int64_t keys, int64_t values)
       : k(reinterpret_cast<T*>(block)),
-        v(k + kKvBlock * even_dim(head_dim)),
-        key_scales(reinterpret_cast<float*>(v + kKvBlock * padded_dim(head_dim))),
+        v(k + keys),
+        key_scales(reinterpret_cast<float*>(v + values)),
         value_scales(key_scales + kKvBlock) {}
 };
 

@@ -5,6 +5,7 @@
 #include "kernels/lanes/math.h"
 
 #define HAOMIAO_UNROLL _Pragma("GCC unroll 8")
+#define HAOMIAO_UNROLL_SOME _Pragma("GCC unroll 4")
 
 namespace haomiao {
 namespace {
@@ -23,16 +24,55 @@ struct Scores {
   float* scale;  // [kPassRows]
 };
 
+constexpr int kSplitBlocks = kKvSplit / kKvBlock;
+
+// Asks for the blocks [block, end) of the sequence little by little, while a split is computed: all at once they would
+// wait for each other, and the memory would rest afterwards. Into the second cache, as a split exceeds the first.
+class Ahead {
+ public:
+  // `passes` over the split go before; every one fetches once a block for the scores and once for 16 dimensions.
+  Ahead(const AttentionCall& call, int64_t block, int64_t end, int passes)
+      : call_(call),
+        block_(block),
+        end_(end),
+        bytes_(static_cast<int64_t>(block_bytes(call.kv, call.head_dim))),
+        lines_(static_cast<int>(bytes_ / 64 / (passes * (1 + padded_dim(call.head_dim) / 16))) + 1) {}
+
+  void fetch() {
+    for (int i = 0; i < lines_ && block_ < end_; ++i) {
+      __builtin_prefetch(call_.base + call_.blocks[block_] * call_.block_stride + at_, 0, 2);
+      at_ += 64;
+      if (at_ >= bytes_) at_ = 0, ++block_;
+    }
+  }
+
+ private:
+  const AttentionCall& call_;
+  int64_t block_, end_, at_ = 0, bytes_;
+  int lines_;
+};
+
 // The blocks of one split as the rows of a pass meet them. Keys count from the split's first position.
 template <typename T>
 struct Split {
   const AttentionCall& call;
   int64_t first_block;  // of the sequence
+  Ahead* ahead;
+  const int32_t* blocks;
+  uint8_t* base;
+  int64_t stride, keys, values;  // of a block; elements of its K and V
 
-  BlockView<T> block(int index) const {
-    const int64_t at = call.blocks[first_block + index] * call.block_stride;
-    return BlockView<T>(const_cast<uint8_t*>(call.base) + at, call.head_dim);
-  }
+  Split(const AttentionCall& of, int64_t first, Ahead* next)
+      : call(of),
+        first_block(first),
+        ahead(next),
+        blocks(of.blocks + first),
+        base(const_cast<uint8_t*>(of.base)),
+        stride(of.block_stride),
+        keys(kKvBlock * even_dim(of.head_dim)),
+        values(kKvBlock * padded_dim(of.head_dim)) {}
+
+  BlockView<T> block(int index) const { return BlockView<T>(base + blocks[index] * stride, keys, values); }
 };
 
 // s[r][key] = sum over d of q[r][d] k[d][key] for R rows from `row` on and C x 16 keys.
@@ -68,6 +108,7 @@ inline void score_keys(const Queries& queries, int row, int head_dim, const int8
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) sum[r][c] = no_ints();
   }
+  HAOMIAO_UNROLL_SOME
   for (int d = 0; d < dim; d += 2) {
     Pairs keys[C];
     for (int c = 0; c < C; ++c) keys[c] = load_pairs(k + d * kKvBlock + c * 32);
@@ -94,6 +135,7 @@ inline void add_values(const Split<T>& split, const float* p, int d, int low, in
   }
   for (int key = low; key < high;) {
     const T* v = split.block(key / kKvBlock).v + d;
+    split.ahead->fetch();
     const int end = (key / kKvBlock + 1) * kKvBlock < high ? (key / kKvBlock + 1) * kKvBlock : high;
     for (; key < end; ++key) {
       Lanes values[C];
@@ -122,7 +164,9 @@ inline void sum_values(const Split<int8_t>& split, const Scores& scores, int d, 
   }
   for (int key = low / 2 * 2; key < high;) {
     const int8_t* v = split.block(key / kKvBlock).v + 2 * d;
+    split.ahead->fetch();
     const int end = (key / kKvBlock + 1) * kKvBlock < high ? (key / kKvBlock + 1) * kKvBlock : high;
+    HAOMIAO_UNROLL_SOME
     for (; key < end; key += 2) {
       Pairs values[C];
       for (int c = 0; c < C; ++c) values[c] = load_pairs(v + key % kKvBlock * dim + c * 32);

@@ -5,6 +5,9 @@
 // Schwarz). So Y <= H + sum of |w_g| norms[g] lengths[g], where norms[g] >= |lo| / 2^shift for every row of the tile
 // and lengths[g] >= |s_g q|. Every rounding, of the logits as the linear kernels compute them and of this file's own,
 // is inside: the bound holds for the floats, not only for the numbers that they stand for.
+//
+// A matrix of one-byte codes has no hi plane; sketch() makes one: of a code the nearest multiple of 16, at most
+// 112. What that leaves out, -8..15, takes the place of lo with a shift of 4.
 #pragma once
 #include "kernels/linear/linear.h"
 
@@ -20,6 +23,9 @@ struct HeadKernels {
   const char* isa;
   // norms [padded_cols / 32] of one tile of a matrix with both planes.
   void (*lo_norms)(const Weight& weight, int tile, float* norms);
+  // The hi plane of one tile of a matrix of one-byte codes, as `planes` stores a tile (groups of the same size, 16
+  // times the scales; infinite where that exceeds f16, so that nothing is said), and the norms of what it leaves out.
+  void (*sketch)(const Weight& weight, int tile, uint8_t* hi, float* norms);
   // lengths [padded_cols / 32] of an activation row x [cols] as prepare() of kind int8 will quantize it.
   void (*lengths)(const float* x, int cols, int padded_cols, float* lengths);
   // The bound for a tile from its logits by the hi plane, h [32]; rows beyond the matrix are not looked at.

@@ -63,6 +63,7 @@ inline Lanes select_nan(Lanes x, Lanes yes, Lanes no) {
   return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q)),
           _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q))};
 }
+inline Lanes greater(Lanes x, Lanes y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline Lanes absolute(Lanes x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
@@ -89,8 +90,11 @@ inline Pairs broadcast_pair(const int16_t* p) {
   memcpy(&both, p, 4);
   return {_mm256_set1_epi32(both), _mm256_set1_epi32(both)};
 }
+// The empty assembly fixes the order of additions: the compiler reassociates integers, and then copies or spills sums.
 inline Ints add_dot(Pairs x, Pairs y, Ints z) {
-  return {_mm256_add_epi32(z.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(z.b, _mm256_madd_epi16(x.b, y.b))};
+  z = {_mm256_add_epi32(z.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(z.b, _mm256_madd_epi16(x.b, y.b))};
+  __asm__("" : "+x"(z.a), "+x"(z.b));
+  return z;
 }
 inline Lanes to_lanes(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline void store_rounded(int16_t* p, Lanes x) {

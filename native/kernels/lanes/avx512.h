@@ -47,6 +47,7 @@ inline Lanes select_less(Lanes a, Lanes b, Lanes x, Lanes y) {
 inline Lanes select_nan(Lanes a, Lanes x, Lanes y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), y.v, x.v)};
 }
+inline Lanes greater(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Lanes absolute(Lanes a) { return {_mm512_abs_ps(a.v)}; }
 inline Lanes add_exponent(Lanes y, Lanes z) {
   const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(z.v), 23);

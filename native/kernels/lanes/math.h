@@ -9,7 +9,8 @@ constexpr float kInfinity = __builtin_inff();
 
 // e^x to about 1 ulp. Cody-Waite reduction x = n ln2 + r with ln2 in two parts, then 1 + r + r^2 q(r); results below
 // 2^-126 are 0, NaN stays NaN.
-inline Lanes exp_lanes(Lanes x) {
+// exp_to_one is the same for x <= 0 or NaN.
+inline Lanes exp_to_one(Lanes x) {
   const Lanes shift = broadcast(0x1.8p23f);  // adding it rounds to an integer, ties to even
   const Lanes z = multiply_add(x, broadcast(0x1.715476p0f), shift);
   const Lanes n = subtract(z, shift);
@@ -22,9 +23,11 @@ inline Lanes exp_lanes(Lanes x) {
   q = multiply_add(q, r, broadcast(0x1.fffffcp-2f));
   const Lanes y = add(broadcast(1.0f), multiply_add(multiply(r, r), q, r));
   Lanes result = add_exponent(y, z);
-  result = select_less(x, broadcast(-0x1.5d589ep6f), broadcast(0.0f), result);      // ln 2^-126
-  result = select_less(broadcast(0x1.62e42ep6f), x, broadcast(kInfinity), result);  // ln of the greatest float
+  result = select_less(x, broadcast(-0x1.5d589ep6f), broadcast(0.0f), result);  // ln 2^-126
   return select_nan(x, x, result);
+}
+inline Lanes exp_lanes(Lanes x) {
+  return select_less(broadcast(0x1.62e42ep6f), x, broadcast(kInfinity), exp_to_one(x));  // ln of the greatest float
 }
 
 // tanh to about 2 ulp: an odd polynomial near 0, 1 - 2 / (e^2x + 1) beyond.

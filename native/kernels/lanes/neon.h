@@ -74,6 +74,9 @@ inline Lanes select_less(const Lanes& a, const Lanes& b, const Lanes& x, const L
 inline Lanes select_nan(const Lanes& a, const Lanes& x, const Lanes& y) {
   return map_quads([&](int i) { return vbslq_f32(vceqq_f32(a.v[i], a.v[i]), y.v[i], x.v[i]); });
 }
+inline Lanes greater(const Lanes& a, const Lanes& b) {
+  return map_quads([&](int i) { return vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
+}
 inline Lanes absolute(const Lanes& a) {
   return map_quads([&](int i) { return vabsq_f32(a.v[i]); });
 }

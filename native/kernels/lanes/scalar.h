@@ -86,6 +86,10 @@ inline Lanes select_less(const Lanes& a, const Lanes& b, const Lanes& x, const L
 inline Lanes select_nan(const Lanes& a, const Lanes& x, const Lanes& y) {
   return map_lanes([&](int i) { return a.v[i] != a.v[i] ? x.v[i] : y.v[i]; });
 }
+// a > b ? a : b (b where either is NaN)
+inline Lanes greater(const Lanes& a, const Lanes& b) {
+  return map_lanes([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
 inline Lanes absolute(const Lanes& a) {
   return map_lanes([&](int i) { return fabsf(a.v[i]); });
 }

@@ -5,7 +5,10 @@
 //
 // Nibbles 0..15 are multiplied as bytes: 32 columns of 15 * 127 fit the 16-bit sums of vpmaddubsw, which are widened
 // once per block. Codes of eight bits would saturate there, so that they are multiplied as words (vpmaddwd, 32-bit
-// sums): as many operations as two planes of nibbles, and fewer at the end of a block.
+// sums): as many operations as two planes of nibbles, and fewer at the end of a block. A few tokens take the four bytes
+// of a quad as they are for the words of columns 0 and 2, columns 1 and 3 still in their upper halves: w0 + 256 w1.
+// What that adds, 256 w1 x0, the activations of columns 1 and 3 take off again: they are x1 - 256 x0, which fits 16
+// bits.
 //
 // A few tokens: a register holds 8 rows, activations are broadcast, the tile streams through the registers. Eight
 // tokens and more: a register holds 8 tokens and weights are broadcast, so that the activations are operands in memory
@@ -17,7 +20,8 @@
 namespace haomiao {
 namespace {
 
-// How 32 columns x 32 rows of weights are stored; all but `hi` become unsigned bytes code + zero.
+// How 32 columns x 32 rows of weights are stored; all but `hi` become bytes: code + zero, unsigned, in even columns,
+// code + zero - 128, signed, in odd ones.
 enum class Form {
   hi,       // nibbles
   both,     // two planes of nibbles, lo_shift 4
@@ -47,15 +51,18 @@ HAOMIAO_INLINE Tile tile_of(const Weight& w, int index) {
           stored_groups(w, index, 0, w.padded_cols / w.group), blocks, w.lo_shift};
 }
 
-// Nibbles, or unsigned bytes, of columns 8j..8j+3 (`left`) and 8j+4..8j+7 (`right`), rows 8 * octet...
+constexpr int zero_of(Form f) { return f == Form::bytes ? 128 : 136; }
+
+// Nibbles, or bytes, of columns 8j..8j+3 (`left`) and 8j+4..8j+7 (`right`), rows 8 * octet...
 template <Form F>
 HAOMIAO_INLINE void load_columns(const uint8_t* hi, const uint8_t* lo, int j, int octet, int shift, __m256i& left,
                                  __m256i& right) {
   const __m256i low = _mm256_set1_epi8(15);
   const int at = j * 128 + octet * 32;
   if constexpr (F == Form::bytes) {
-    left = load(hi + 2 * j * 128 + octet * 32);
-    right = load(hi + (2 * j + 1) * 128 + octet * 32);
+    const __m256i flip = _mm256_set1_epi16(-0x8000);
+    left = _mm256_xor_si256(load(hi + 2 * j * 128 + octet * 32), flip);
+    right = _mm256_xor_si256(load(hi + (2 * j + 1) * 128 + octet * 32), flip);
     return;
   }
   const __m256i h = load(hi + at);
@@ -65,22 +72,24 @@ HAOMIAO_INLINE void load_columns(const uint8_t* hi, const uint8_t* lo, int j, in
     return;
   }
   const __m256i l = load(lo + at);
-  const __m256i l_left = _mm256_and_si256(l, low), l_right = _mm256_and_si256(_mm256_srli_epi16(l, 4), low);
-  if constexpr (F == Form::both) {
-    left = _mm256_or_si256(_mm256_andnot_si256(low, _mm256_slli_epi16(h, 4)), l_left);
-    right = _mm256_or_si256(_mm256_andnot_si256(low, h), l_right);
+  if constexpr (F == Form::both) {  // the lower nibbles of h and the upper ones of l change places
+    const __m256i flipped = _mm256_xor_si256(h, _mm256_set1_epi16(-0x7800));
+    const __m256i differ = _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi16(l, 4), flipped), low);
+    right = _mm256_xor_si256(flipped, differ);
+    left = _mm256_xor_si256(l, _mm256_slli_epi16(differ, 4));
   } else {
+    const __m256i l_left = _mm256_and_si256(l, low), l_right = _mm256_and_si256(_mm256_srli_epi16(l, 4), low);
     const __m128i count = _mm_cvtsi32_si128(shift);
-    const __m256i offset = _mm256_set1_epi8(static_cast<char>(128 - (8 << shift)));  // makes the zero 136
+    const int even = (128 - (8 << shift)) & 255;  // makes the zero 136
+    const __m256i offset = _mm256_set1_epi16(static_cast<short>(even | (even ^ 128) << 8));
     const __m256i h_left = _mm256_and_si256(h, low), h_right = _mm256_and_si256(_mm256_srli_epi16(h, 4), low);
     left = _mm256_add_epi8(_mm256_add_epi8(_mm256_sll_epi16(h_left, count), l_left), offset);
     right = _mm256_add_epi8(_mm256_add_epi8(_mm256_sll_epi16(h_right, count), l_right), offset);
   }
 }
 
-// The unsigned bytes of four columns as words: columns 0 and 2, columns 1 and 3.
-HAOMIAO_INLINE __m256i even_words(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi16(255)); }
-HAOMIAO_INLINE __m256i odd_words(__m256i bytes) { return _mm256_srli_epi16(bytes, 8); }
+// The bytes of columns 1 and 3 of a quad as words.
+HAOMIAO_INLINE __m256i odd_words(__m256i bytes) { return _mm256_srai_epi16(bytes, 8); }
 
 // f32 scales of one octet of rows.
 template <Form F>
@@ -133,7 +142,7 @@ HAOMIAO_INLINE void sum_block(const uint8_t* hi, const uint8_t* lo, int first, i
         __m256i w[R];
         HAOMIAO_UNROLL
         for (int r = 0; r < R; ++r) {
-          w[r] = F == Form::hi ? columns[half][r] : parity ? odd_words(columns[half][r]) : even_words(columns[half][r]);
+          w[r] = parity ? odd_words(columns[half][r]) : columns[half][r];
         }
         HAOMIAO_UNROLL
         for (int m = 0; m < M; ++m) {
@@ -225,7 +234,7 @@ struct Unpacked {
 
 template <Form F>
 HAOMIAO_INLINE void unpack_block(const uint8_t* hi, const uint8_t* lo, int shift, Unpacked* out) {
-  const __m256i zero = _mm256_set1_epi16(F == Form::bytes ? 128 : 136);
+  const __m256i even_zero = _mm256_set1_epi16(zero_of(F)), odd_zero = _mm256_set1_epi16(zero_of(F) - 128);
   for (int j = 0; j < 4; ++j) {
     for (int octet = 0; octet < kOctets; ++octet) {
       __m256i columns[2];
@@ -235,8 +244,9 @@ HAOMIAO_INLINE void unpack_block(const uint8_t* hi, const uint8_t* lo, int shift
         if constexpr (F == Form::hi) {
           store(at, columns[half]);
         } else {
-          store(at, _mm256_sub_epi16(even_words(columns[half]), zero));
-          store(at + kByteBytes, _mm256_sub_epi16(odd_words(columns[half]), zero));
+          const __m256i even = _mm256_and_si256(columns[half], _mm256_set1_epi16(255));
+          store(at, _mm256_sub_epi16(even, even_zero));
+          store(at + kByteBytes, _mm256_sub_epi16(odd_words(columns[half]), odd_zero));
         }
       }
     }

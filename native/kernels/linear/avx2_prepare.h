@@ -60,12 +60,9 @@ HAOMIAO_INLINE __m256i odd_codes(__m256i bytes) { return _mm256_srai_epi16(bytes
 // words.
 HAOMIAO_INLINE __m256i sum_of_pairs(__m256i codes) { return _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes); }
 
-// The corrections of 8 tokens from their pairs of sums.
-HAOMIAO_INLINE void store_corrections(__m256i pairs, int32_t* zero8, int32_t* zero128, int32_t* zero136) {
-  const __m256i total = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-  store(zero8, _mm256_slli_epi16(_mm256_sub_epi16(_mm256_setzero_si256(), pairs), 3));
-  store(zero128, _mm256_mullo_epi32(total, _mm256_set1_epi32(-128)));
-  store(zero136, _mm256_mullo_epi32(total, _mm256_set1_epi32(-136)));
+// What makes up for the 8 that was added to nibbles, from the pairs of sums.
+HAOMIAO_INLINE __m256i correction8(__m256i pairs) {
+  return _mm256_slli_epi16(_mm256_sub_epi16(_mm256_setzero_si256(), pairs), 3);
 }
 
 HAOMIAO_INLINE void store_wide(const QuantizedGroup& group, ActivationBlock<kWide>* out) {
@@ -80,17 +77,25 @@ HAOMIAO_INLINE void store_wide(const QuantizedGroup& group, ActivationBlock<kWid
     store(out->words[1][quad], odd_codes(codes));
     pairs = _mm256_add_epi16(pairs, sum_of_pairs(codes));
   }
-  store_corrections(pairs, out->zero8, out->zero128, out->zero136);
+  store(out->zero8, correction8(pairs));
   memcpy(out->scale, group.scale, sizeof(out->scale));
+}
+
+HAOMIAO_INLINE int32_t sum_of_lanes(__m256i v) {
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
 }
 
 template <int T>
 HAOMIAO_INLINE void store_narrow(const QuantizedGroup& group, ActivationBlock<T>* out) {
+  const __m256i ones = _mm256_set1_epi16(1);
   for (int t = 0; t < T; ++t) {
-    alignas(32) int32_t bytes[8], words[2][8], zero[3][kLanes];
+    const __m256i even = even_codes(group.q[t]), odd = odd_codes(group.q[t]);
+    alignas(32) int32_t bytes[8], words[2][8];
     store(bytes, group.q[t]);
-    store(words[0], even_codes(group.q[t]));
-    store(words[1], odd_codes(group.q[t]));
+    store(words[0], even);
+    store(words[1], _mm256_sub_epi16(odd, _mm256_slli_epi16(even, 8)));
     for (int quad = 0; quad < 8; ++quad) {
       out->bytes[quad][t] = bytes[quad];
       for (int parity = 0; parity < 2; ++parity) out->words[parity][quad][t] = words[parity][quad];
@@ -99,8 +104,11 @@ HAOMIAO_INLINE void store_narrow(const QuantizedGroup& group, ActivationBlock<T>
     pairs = _mm256_add_epi16(pairs, _mm256_permute2x128_si256(pairs, pairs, 1));
     pairs = _mm256_add_epi16(pairs, _mm256_shuffle_epi32(pairs, 0x4e));
     pairs = _mm256_add_epi16(pairs, _mm256_shuffle_epi32(pairs, 0xb1));
-    store_corrections(pairs, zero[0], zero[1], zero[2]);
-    out->zero8[t] = zero[0][0], out->zero128[t] = zero[1][0], out->zero136[t] = zero[2][0];
+    out->zero8[t] = _mm256_cvtsi256_si32(correction8(pairs));
+    const int32_t evens = sum_of_lanes(_mm256_madd_epi16(even, ones)),
+                  odds = sum_of_lanes(_mm256_madd_epi16(odd, ones));
+    out->zero128[t] = -128 * evens;
+    out->zero136[t] = -136 * evens - 8 * odds;
     out->scale[t] = group.scale[t];
   }
 }

@@ -80,9 +80,9 @@ constexpr int kWide = 8, kNarrow = 4;
 template <int T>
 struct ActivationBlock {
   int32_t bytes[8][T];     // [quad]: 4 codes
-  int32_t words[2][8][T];  // [parity][quad]: 2 codes
+  int32_t words[2][8][T];  // [parity][quad]: 2 codes; of up to 4 tokens the odd ones minus 256 times the even ones
   int32_t zero8[T];        // two words: -8 * (sum of the codes that vpmaddubsw adds to the lower, to the upper word)
-  int32_t zero128[T], zero136[T];  // -128 and -136 * (sum of the codes)
+  int32_t zero128[T], zero136[T];  // of up to 4 tokens: minus 128 or 136 * (even codes), 0 or 8 * (odd codes), summed
   float scale[T];
 };
 

@@ -142,6 +142,7 @@ class LLM:
         self._engine = engine = Engine(
             runner,
             eos_ids=self.eos_ids,
+            final_ids=() if self.tokenizer is None else self.tokenizer.labels.values(),
             max_context=self.max_context,
             prefix_cache=prefix_cache,
             model_key=opened.name,
@@ -156,6 +157,21 @@ class LLM:
         self._driver = Driver(engine)
         self._idle = IdleWorker(self._driver)
         self.monitor.on_waiting = self._idle.wake
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What a model that `haomiao finetune` taught labels of text chooses among; empty for any other."""
+        return () if self.tokenizer is None else tuple(self.tokenizer.labels)
+
+    def decide(self, text: str, *, point: str | None = None, **budget: Any) -> Choice:
+        """The label of `text`, among `labels`, asked as the model was taught: one prefill, one row of logits. Raises
+        `InputError` if the model was taught none."""
+        if not self.labels:
+            raise InputError(
+                "this model was taught no labels: name options, or see `haomiao finetune`", param="options"
+            )
+        prompt = self._requests.need_tokenizer().label_prompt.replace("{text}", text)
+        return self.choose(prompt, self.labels, point=point, **budget)
 
     # ---- for programs that step themselves (serve) ------------------------------------------------------------------
 
@@ -241,7 +257,8 @@ class LLM:
         **budget: Any,
     ) -> Choice:
         """The option that the model finds likeliest after `prompt`: by the summed log-probability of its tokens and of
-        its end. `normalize` divides by their number. The prompt is computed once, the options together. `budget_ms`,
+        its end. `normalize` divides by their number. Labels that the model was fine-tuned to choose among are one token
+        each and need no end: `LLM.labels` names them. The prompt is computed once, the options together. `budget_ms`,
         `on_budget`, `min_point` and `max_kl` as in `generate`."""
         fields = self._requests.budget_of_choice(budget)
         prompt_ids, option_ids = self._requests.options_of(prompt, options)

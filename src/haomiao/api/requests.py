@@ -155,13 +155,17 @@ class RequestMaker:
         """Token ids of a prompt and of its possible continuations.
 
         Each continuation is encoded together with the prompt, as the model would have seen it; where that changes the
-        prompt's last tokens, the prompt is cut back to what all of them share.
+        prompt's last tokens, the prompt is cut back to what all of them share. Labels that the model was fine-tuned to
+        choose among are their codes.
         """
         if isinstance(options, str) or not all(isinstance(option, str) and option for option in options):
             raise InputError("options must be a sequence of strings that are not empty", param="options")
         if not options:
             raise InputError("options is empty", param="options")
         tokenizer = self.need_tokenizer()
+        codes = tokenizer.codes(options)
+        if codes is not None:
+            return self.prompt_ids(prompt), [tuple(code) for code in codes]
         if not isinstance(prompt, str):
             return self.prompt_ids(prompt), [tuple(tokenizer.encode_part(option, False)) for option in options]
         return shared_beginning(self.prompt_ids(prompt), [self.prompt_ids(prompt + option) for option in options])

@@ -111,7 +111,11 @@ class Session:
         fields = self._maker.budget_of_choice(budget)
         if isinstance(options, str) or not options or not all(isinstance(each, str) and each for each in options):
             raise InputError("options must be a sequence of strings that are not empty", param="options")
-        prompt, tails = shared_beginning(self.token_ids, [self._ids_with(option) for option in options])
+        codes = self._maker.need_tokenizer().codes(options)
+        if codes is not None:
+            prompt, tails = self.token_ids, [tuple(code) for code in codes]
+        else:
+            prompt, tails = shared_beginning(self.token_ids, [self._ids_with(option) for option in options])
         session = self._open_id()
         return self._llm._choose(prompt, tails, options, normalize=normalize, point=point, session=session, **fields)
 

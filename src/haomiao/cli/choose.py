@@ -1,7 +1,8 @@
 """Choose one of several continuations of a prompt: a decision from a single reading of it.
 
 One positional argument is the PROMPT for the embedded model (or for --model); two are MODEL and PROMPT. A PROMPT of `-`
-is read from standard input. The option that is printed is the one whose tokens and end are the likeliest.
+is read from standard input. The option that is printed is the one whose tokens and end are the likeliest. A model that
+`haomiao finetune` taught labels needs no --option: PROMPT is then the text that has a label.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="[MODEL] PROMPT", help="`-` reads the prompt from standard input")
     options.add_model_flag(parser)
     options.add_runtime(parser)
-    parser.add_argument("--option", action="append", metavar="TEXT", required=True, help="a continuation; repeat it")
+    parser.add_argument(
+        "--option", action="append", metavar="TEXT", help="a continuation; repeat it (default: the model's labels)"
+    )
     parser.add_argument("--normalize", action="store_true", help="divide scores by the number of tokens")
     options.add_budget(parser, first_token=False)
     parser.add_argument("--json", action="store_true", help="print one object instead of the option")
@@ -37,7 +40,10 @@ def run(args: Namespace) -> int:
     with ProgressBar(quiet=args.quiet) as bar:
         llm = LLM(model if model is not None else args.model, progress=bar, **options.runtime_options(args))
         try:
-            chosen = llm.choose(prompt, args.option, normalize=args.normalize, **options.budget_options(args))
+            if args.option:
+                chosen = llm.choose(prompt, args.option, normalize=args.normalize, **options.budget_options(args))
+            else:
+                chosen = llm.decide(prompt, **options.budget_options(args))
         finally:
             llm.close()
     account = chosen.receipt.as_dict()

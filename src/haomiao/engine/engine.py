@@ -56,6 +56,7 @@ class Engine:
         executor: Executor,
         *,
         eos_ids: SequenceOf[int] = (),
+        final_ids: Iterable[int] = (),
         max_context: int,
         prefix_cache: bool = True,
         model_key: str = "",
@@ -70,12 +71,15 @@ class Engine:
         speculator: Speculator | None = None,
         monitor: Monitor | None = None,
     ) -> None:
-        """`model_key` identifies the weights: prefix blocks of another key are never used. `name` and `errors` (the
-        artifact's mean KL by point) go on receipts. `point` is where requests run, `points` are those that a budget may
-        lower them to (default: all of the executor's). `max_requests` are queued or running before `OverloadError`.
-        `speculator` drafts tokens, `monitor` measures the live error; they are closed with the engine."""
+        """`final_ids` are tokens that are a whole answer (codes of labels): a choice among options that end with them
+        needs no score of their end, and so, if each is one token, one row of logits. `model_key` identifies the
+        weights: prefix blocks of another key are never used. `name` and `errors` (the artifact's mean KL by point) go
+        on receipts. `point` is where requests run, `points` are those that a budget may lower them to (default: all of
+        the executor's). `max_requests` are queued or running before `OverloadError`. `speculator` drafts tokens,
+        `monitor` measures the live error; they are closed with the engine."""
         self.executor = executor
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
+        self._final_ids = frozenset(final_ids)
         self.limits = Limits(executor.vocab_size, max_context, executor.kv_blocks, tuple(executor.points))
         self.point = point if point is not None else executor.points[0]
         self.pool = BlockPool(executor.kv_blocks, executor.kv_bytes_per_block, executor.copy_blocks)
@@ -267,13 +271,14 @@ class Engine:
             raise OverloadError(f"{self._max_requests} requests are queued or running already", retry_after_ms=1000.0)
         now = self._clock()
         seed = request.sampling.seed
+        ends_itself = request.work == "choose" and all(option[-1] in self._final_ids for option in request.options)
         return Job(
             id=next(self._ids),
             request=request,
             points=(request.point or self.point,),
             arrival_ns=now if request.arrival_ns is None else request.arrival_ns,
             seed=fresh_seed() if seed is None else seed,
-            eos_ids=self.eos_ids,
+            eos_ids=() if ends_itself else self.eos_ids,
             vocab_size=self.executor.vocab_size,
         )
 

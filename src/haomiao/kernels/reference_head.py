@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from haomiao.kernels import reference
-from haomiao.kernels.pack import unpack_codes
+from haomiao.kernels.pack import pack_planes, unpack_codes
 from haomiao.kernels.packed import TILE_ROWS, PackedTensor
 from haomiao.types import F32
 
@@ -31,6 +31,19 @@ def lo_norms(packed: PackedTensor) -> F64:
     return norms
 
 
+def sketch(packed: PackedTensor) -> tuple[PackedTensor, F64]:
+    """The hi plane that a matrix of one-byte codes is screened by, and the norms of what it leaves out, as `lo_norms`.
+
+    Codes of the plane are multiples of 16 of the matrix's. Raises `ModelError` if 16 times a scale exceeds float16.
+    """
+    codes, scales = unpack_codes(packed)
+    hi = np.clip((codes + 8) // 16, -8, 7)
+    rest = np.zeros((packed.tiles * TILE_ROWS, packed.padded_cols))
+    rest[: packed.rows, : packed.cols] = codes - 16 * hi
+    norms: F64 = np.linalg.norm(rest.reshape(packed.tiles, TILE_ROWS, -1, GROUP), axis=-1).max(axis=1) / 16
+    return pack_planes(hi, None, 16 * scales, packed.group, 0), norms
+
+
 def lengths(x: F32, padded_cols: int) -> F64:
     """[padded_cols / 32]: what |s q| of every group of an activation row x [cols] cannot exceed."""
     padded = np.zeros(padded_cols)
@@ -42,10 +55,11 @@ def lengths(x: F32, padded_cols: int) -> F64:
 
 def bounds(packed: PackedTensor, x: F32) -> F64:
     """[rows]: what no logit of x [cols] exceeds."""
-    _, scales = unpack_codes(packed, "hi")
+    coarse, left_out = sketch(packed) if packed.encoding == "int8" else (packed, lo_norms(packed))
+    _, scales = unpack_codes(coarse, "hi")
     per_group = np.repeat(np.abs(scales.astype(np.float64)), packed.group // GROUP, axis=1)
-    norms = np.repeat(lo_norms(packed), TILE_ROWS, axis=0)[: packed.rows]
-    hi = reference.linear(packed, x[None], "hi")[0]
+    norms = np.repeat(left_out, TILE_ROWS, axis=0)[: packed.rows]
+    hi = reference.linear(coarse, x[None], "hi")[0]
     found: F64 = hi + (per_group * norms) @ lengths(x, packed.padded_cols)
     return found
 

@@ -171,7 +171,7 @@ async def _prompt(service: Service, form: str | list[int], choices: list[str] | 
         ids = asking.check_tokens(form, vocab_size)
         if choices is not None and tokenizer is not None:
             known = tokenizer
-            options = await service.prompts.run(lambda: [known.encode_part(each, False) for each in choices])
+            options = await service.prompts.run(lambda: known.encode_options(choices))
             return Prompt("", ids, options)
         return Prompt("", ids)
     if not form and choices is None:
@@ -182,6 +182,8 @@ async def _prompt(service: Service, form: str | list[int], choices: list[str] | 
     if choices is not None and tokenizer is not None:
         service.prompts.check_size(len(form), "prompt")
         text, known = form, tokenizer
+        if (codes := known.codes(choices)) is not None:
+            return Prompt(form, await service.prompts.text(form), codes)
         ids, options = await service.prompts.options(
             lambda more: [*known.prefix_ids, *known.encode_part(text + more, True)], choices
         )

@@ -68,6 +68,23 @@ class Parts:
     """What such a file cannot say."""
 
 
+def labels_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """The codes of labels that tokenizer_config.json holds (`haomiao.labels`); none where that is not what it should
+    be: different tokens for texts that are not empty."""
+    marker = config.get("haomiao")
+    found = marker.get("labels") if isinstance(marker, dict) else None
+    if not isinstance(found, dict) or not all(found) or len(set(map(str, found.values()))) < len(found):
+        return {}
+    return dict(found) if all(type(id_) is int and 0 <= id_ <= MAX_TOKEN_ID for id_ in found.values()) else {}
+
+
+def label_prompt_of(config: Mapping[str, Any]) -> str:
+    """The prompt whose labels these are, `{text}` standing for the text; plain text where the file does not say."""
+    marker = config.get("haomiao")
+    found = marker.get("prompt") if isinstance(marker, dict) else None
+    return found if isinstance(found, str) and "{text}" in found else "{text}"
+
+
 @contextmanager
 def guarded(what: str, error: type[HaomiaoError] = ModelError) -> Iterator[None]:
     """Turn whatever the library throws into `error("what: reason")`; our own errors pass unchanged."""

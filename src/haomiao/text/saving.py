@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from haomiao.text.parts import Parts
+from haomiao.text.parts import Parts, label_prompt_of, labels_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -19,12 +19,17 @@ def files_of(parts: Parts, backend: Backend) -> dict[str, bytes]:
         if key not in config:
             # an added token's own text: the library gives back a normalized form for some
             config[key] = None if id_ is None else added[id_].content if id_ in added else backend.id_to_token(id_)
+    marker: dict[str, Any] = {}
+    if labels := labels_of(parts.config):
+        marker = {"labels": labels, "prompt": label_prompt_of(parts.config)}
     config["add_bos_token"] = parts.bos_id is not None and parts.bos_id in parts.prefix
     config["add_eos_token"] = bool(parts.eos_ids) and parts.eos_ids[0] in parts.suffix
     files = {"tokenizer.json": str(backend.to_str()).encode("utf-8")}
     if parts.exact_model is not None:
         files["tokenizer.model"] = parts.exact_model()
-        config["haomiao"] = {"tokenizer": "tokenizer.model", "flags": parts.exact_flags}
+        marker |= {"tokenizer": "tokenizer.model", "flags": parts.exact_flags}
+    if marker:
+        config["haomiao"] = marker
     files["tokenizer_config.json"] = _dump(config)
     generation = dict(parts.generation_config)
     if parts.eos_ids:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from haomiao.errors import InputError, ModelError, ModelNotFoundError
 from haomiao.text import decoding
-from haomiao.text.parts import Parts, guarded
+from haomiao.text.parts import Parts, guarded, label_prompt_of, labels_of
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -73,6 +73,10 @@ class Tokenizer:
             greatest = quick.vocab_size - 1
         self.vocab_size = greatest + 1
         """One more than the greatest id. A model's head may be larger (padded)."""
+        self.labels = labels_of(parts.config)
+        """Label -> the one token that a model which was fine-tuned to choose answers it with; empty for any other."""
+        self.label_prompt = label_prompt_of(parts.config)
+        """What it was asked with: `{text}` stands for the text that has a label."""
 
     @property
     def backend(self) -> Backend:
@@ -131,6 +135,16 @@ class Tokenizer:
         if not special and not self.special_ids.isdisjoint(ids):
             return self._encode_apart(text)
         return ids
+
+    def codes(self, options: Sequence[str]) -> list[list[int]] | None:
+        """The one token of each option, if all of them are labels that the model was fine-tuned to choose among."""
+        if not options or not all(option in self.labels for option in options):
+            return None
+        return [[self.labels[option]] for option in options]
+
+    def encode_options(self, options: Sequence[str]) -> list[list[int]]:
+        """Ids of what may follow a prompt: labels' codes, or else plain text."""
+        return self.codes(options) or [self.encode_part(option, False) for option in options]
 
     def _encode_quickly(self, text: str, special: bool) -> list[int] | None:
         """Ids without the library's tokenizer, as long as nobody has asked for that; None if the text is too long."""

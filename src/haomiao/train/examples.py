@@ -40,6 +40,8 @@ class Pairs:
 
     pairs: tuple[tuple[str, str], ...]
     labels: bool
+    template: str = DEFAULT_TEMPLATE
+    """Made the prompts out of labelled text."""
 
 
 def read_pairs(text: str, where: str, *, template: str = DEFAULT_TEMPLATE) -> Pairs:
@@ -48,7 +50,7 @@ def read_pairs(text: str, where: str, *, template: str = DEFAULT_TEMPLATE) -> Pa
     if lines and lines[0].lstrip().startswith("{") and '"completion"' in lines[0]:
         return Pairs(tuple(_completions(lines, where)), False)
     questions = read_questions(text, where, template=template)
-    return Pairs(tuple((q.prompt, q.choices[q.answer]) for q in questions), True)
+    return Pairs(tuple((q.prompt, q.choices[q.answer]) for q in questions), True, template)
 
 
 def _completions(lines: Sequence[str], where: str) -> list[tuple[str, str]]:
@@ -87,6 +89,15 @@ def encode_pairs(
     return examples, cut
 
 
+def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[list[tuple[int, ...]], int]:
+    """Prompts that leave room for one token in `length`, as `choose` encodes them, and how many lost their beginning.
+    Raises `InputError` for one without tokens."""
+    found = [(*tokenizer.prefix_ids, *tokenizer.encode_part(prompt, True)) for prompt in prompts]
+    if not all(found):
+        raise InputError("a prompt is empty", param="data")
+    return [ids[-(length - 1) :] for ids in found], sum(len(ids) >= length for ids in found)
+
+
 def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Places for training and for validation: a fixed choice by `seed`, at least one of each."""
     order = np.random.Generator(np.random.Philox([seed, 1])).permutation(count).tolist()
@@ -95,8 +106,13 @@ def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
 
 
 def batch_of(examples: Sequence[Example], seed: int, step: int, size: int) -> tuple[Ids, Ids]:
-    """The batch of step `step`, a function of these arguments alone: (ids, targets), [size, longest]. An epoch takes
-    every example once (but for the last few that do not fill a batch), in another order each time."""
+    """The batch of step `step` (`taken`) as (ids, targets), [size, longest]."""
+    return padded(taken(examples, seed, step, size))
+
+
+def taken(examples: Sequence[Example], seed: int, step: int, size: int) -> list[Example]:
+    """The examples of step `step`, a function of these arguments alone. An epoch takes every example once (but for the
+    last few that do not fill a batch), in another order each time."""
     size = min(size, len(examples))
     count = len(examples) // size
     epoch, place = divmod(step, count)
@@ -107,7 +123,7 @@ def batch_of(examples: Sequence[Example], seed: int, step: int, size: int) -> tu
         part = order[begin : begin + chunk]
         order[begin : begin + chunk] = part[np.argsort([len(examples[i].ids) for i in part], kind="stable")]
     batches = order.reshape(count, size)[random.permutation(count)]
-    return padded([examples[i] for i in batches[place]])
+    return [examples[i] for i in batches[place]]
 
 
 def padded(examples: Sequence[Example]) -> tuple[Ids, Ids]:

@@ -1,7 +1,8 @@
 """Fine-tuning: a model learns prompts and completions, or labels of text; a Hugging Face directory comes out.
 
-The best weights on the validation split are kept: by the share of completions that greedy decoding would get wrong
-where the data are labels, else by loss. `OUT.partial` holds what is done, so that the same command goes on.
+Labels are one token each (`labels`), which the written tokenizer_config.json names, or completions. The best weights on
+the validation split are kept: by the share of wrong labels (as completions: of those that greedy decoding would get
+wrong), else by loss. `OUT.partial` holds what is done, so that the same command goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from haomiao.models.plan import Plan
 from haomiao.train.devices import precise, take_device
 from haomiao.train.examples import IGNORED, Example, Ids, Pairs, batch_of, encode_pairs, padded, split
 from haomiao.train.graph import Graph
+from haomiao.train.labels import Choices, encode_labels, name_codes, tokenizer_config
 from haomiao.train.loop import LOG, Loop, Rhythm, Tell, read_log
 from haomiao.train.lora import Lora
 from haomiao.train.optimizers import Optimizer
@@ -33,8 +35,8 @@ from haomiao.train.starting import Starting
 from haomiao.train.state import RunFolder
 from haomiao.train.weights import write_checkpoint
 
-FULL_RATE, LORA_RATE = 5e-4, 3e-3
-TRAINING_LOG = "training_log.jsonl"
+FULL_RATE, LABEL_RATE, LORA_RATE = 5e-4, 1e-3, 3e-3
+TRAINING_LOG, TOKENIZER_CONFIG = "training_log.jsonl", "tokenizer_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,32 @@ class Finetuning:
     valid_share: float = 0.1
     patience: int = 2
     """Validations (one an epoch) without improvement after which it ends; 0: never."""
+    codes: bool = False
+    """Give every label a token of its own and learn to choose among these (`labels`); else labels are completions."""
+    drop: float = 0.0
+    """Share of a prompt's tokens that are left out at random, anew in each step. Of codes only."""
+    smooth: float = 0.0
+    """Share of the certainty that goes to the other labels. Of codes only."""
+    mean: float = 0.0
+    """Greatest decay of the exponential mean of the weights that is judged and kept; 0: the weights themselves."""
     precision: str = "f32"
     seed: int = 1
+
+    @classmethod
+    def of_labels(cls, **given: Any) -> Finetuning:
+        """What was found good for labels of small data (docs/LOG.md), but for what is `given`."""
+        return cls(**(LABELS | given))
+
+
+LABELS: dict[str, Any] = {
+    "codes": True,
+    "epochs": 10,
+    "batch": 16,
+    "patience": 4,
+    "drop": 0.2,
+    "smooth": 0.1,
+    "mean": 0.99,
+}
 
 
 class Completions:
@@ -125,12 +151,28 @@ def finetune(
     """
     check_target(out)
     where = take_device(device, threads)
-    train, held, cut = _examples(model, data, valid, settings)
+    if settings.codes and not (data.labels and (valid is None or valid.labels)):
+        raise InputError("codes are for labels; these data are completions", param="data")
+    if not settings.codes and (settings.drop or settings.smooth):
+        raise InputError("drop and smooth are for labels that are learnt as codes", param="drop")
+    train, held = _parts(data, valid, settings)
+    tokenizer = model.tokenizer()
+    coded = None
+    if settings.codes:
+        vocabulary = int(model.config.get("vocab_size", tokenizer.vocab_size))
+        coded = encode_labels(train, held, tokenizer, vocabulary, settings.length)
+        learnt, judged, cut = coded.train, coded.valid, coded.cut
+    else:
+        (learnt, cut), (judged, more) = (
+            encode_pairs(part, tokenizer, model.end_token(), settings.length) for part in (train, held)
+        )
+        cut += more
     if cut and note is not None:
         note(f"{cut} prompts are longer than {settings.length} tokens and lose their beginning")
-    longest = max(len(example.ids) for example in (*train, *held))
-    plan = model.plan(longest)
+    plan = model.plan(max(len(example.ids) for example in (*learnt, *judged)))
     base = {name: weight.to(where) for name, weight in model.weights(plan).items()}
+    if coded is not None and not tokenizer.labels:
+        name_codes(plan, base, coded.codes, tokenizer)
     lora = (
         Lora(plan, base, settings.lora, settings.alpha or 2.0 * settings.lora, settings.seed) if settings.lora else None
     )
@@ -138,8 +180,8 @@ def finetune(
         for weight in base.values():
             weight.requires_grad_()
     trained = base if lora is None else lora.weights
-    rate = settings.rate or (LORA_RATE if settings.lora else FULL_RATE)
-    steps_of_epoch = max(1, len(train) // min(settings.batch, len(train)))
+    rate = settings.rate or (LORA_RATE if settings.lora else LABEL_RATE if settings.codes else FULL_RATE)
+    steps_of_epoch = max(1, len(learnt) // min(settings.batch, len(learnt)))
     steps = settings.epochs * steps_of_epoch
     schedule = Schedule(steps=steps, schedule="cosine", warmup=min(steps - 1, steps // 20 + 1), floor=0.02)
     rhythm = Rhythm(
@@ -147,40 +189,51 @@ def finetune(
         validate_every=steps_of_epoch,
         checkpoint_minutes=2.0,
         patience=settings.patience or settings.epochs + 1,
+        mean=settings.mean,
         judge="error" if data.labels else "loss",
         stop_after=stop_after,
     )
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")
-    identity = dataclasses.asdict(settings) | {"model": model.identity, "data": _digest(train), "valid": _digest(held)}
+    identity = dataclasses.asdict(settings) | {"model": model.identity, "data": _digest(learnt)}
+    identity |= {"valid": _digest(judged)}
     with RunFolder(partial, identity, restart=restart) as folder:
-        task = Completions(plan, lambda: base if lora is None else lora.merged(), train, held, settings, where)
+
+        def weights() -> Mapping[str, Tensor]:
+            return base if lora is None else lora.merged()
+
+        task = (
+            Completions(plan, weights, learnt, judged, settings, where)
+            if coded is None
+            else Choices(plan, weights, coded, settings, where)
+        )
         optimizer = Optimizer(plan, trained, "adamw", rate, settings.weight_decay)
         loop = Loop(task, trained, optimizer, schedule, folder, rhythm, tell)
         if not loop.run():
             return None
         with torch.no_grad():
-            whole = base if lora is None else lora.merged()
+            whole = weights()
             figures = task.validate()
         files = dict(model.files) | {TRAINING_LOG: (partial / LOG).read_bytes()}
+        if coded is not None:
+            files[TOKENIZER_CONFIG] = tokenizer_config(files.get(TOKENIZER_CONFIG), coded.codes, data.template)
         write_checkpoint(out, plan, whole, model.config, files, dtype="float32")
-        report = {"examples": len(train), "validation": len(held), "steps": loop.step, **figures}
+        report = {"examples": len(learnt), "validation": len(judged), "steps": loop.step, **figures}
+        report["labels"] = 0 if coded is None else len(coded.codes)
         report["began_with"] = read_log(partial)[0]["valid_error"]
     shutil.rmtree(partial, ignore_errors=True)
     return report
 
 
-def _examples(
-    model: Starting, data: Pairs, valid: Pairs | None, settings: Finetuning
-) -> tuple[list[Example], list[Example], int]:
-    tokenizer, end = model.tokenizer(), model.end_token()
+def _parts(
+    data: Pairs, valid: Pairs | None, settings: Finetuning
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """What is learnt, and what is held out."""
     if len(data.pairs) < 2:
         raise InputError("at least two examples are needed", param="data")
-    train, cut = encode_pairs(data.pairs, tokenizer, end, settings.length)
     if valid is not None:
-        held, more = encode_pairs(valid.pairs, tokenizer, end, settings.length)
-        return train, held, cut + more
-    kept, held_out = split(len(train), settings.valid_share, settings.seed)
-    return [train[i] for i in kept], [train[i] for i in held_out], cut
+        return list(data.pairs), list(valid.pairs)
+    kept, held = split(len(data.pairs), settings.valid_share, settings.seed)
+    return [data.pairs[i] for i in kept], [data.pairs[i] for i in held]
 
 
 def _digest(examples: Sequence[Example]) -> str:

@@ -25,7 +25,7 @@ from haomiao.train.settings import Schedule
 from haomiao.train.state import RunFolder, State
 
 LOG = "log.jsonl"
-BEST = "best/"
+BEST, MEAN = "best/", "mean/"
 Tell = Callable[[str, int, int, str], None]
 
 
@@ -53,6 +53,8 @@ class Rhythm:
     checkpoint_minutes: float = 5.0
     patience: int = 0
     """Validations without improvement after which the run ends; 0: never. The best weights are kept then."""
+    mean: float = 0.0
+    """Greatest decay of an exponential mean of the weights, which is then what is judged, kept and left; 0: none."""
     clip: float = 1.0
     judge: str = "loss"
     """The figure of `Task.validate` that must fall."""
@@ -77,6 +79,7 @@ class Loop:
         self.folder, self.rhythm = folder, rhythm
         self.step = 0
         self.best: dict[str, Tensor] = {}
+        self._mean = {name: weight.detach().clone() for name, weight in self.weights.items()} if rhythm.mean else {}
         self.memory: dict[str, Any] = {"best": None, "worse": 0}
         self._tell = tell or (lambda *_: None)
         self._asked_to_stop = False
@@ -91,9 +94,9 @@ class Loop:
         finally:
             for which, handler in handlers.items():
                 signal.signal(which, handler)
-        if finished and self.best:
-            for name, weight in self.weights.items():
-                weight.data.copy_(self.best[name])
+        if finished:
+            for name, kept in (self.best or self._mean).items():
+                self.weights[name].data.copy_(kept)
         return finished
 
     def _stop(self, *_: object) -> None:
@@ -111,6 +114,7 @@ class Loop:
             share = rate_share(self.schedule, self.step)
             self.optimizer.step(share)
             self.step += 1
+            self._follow()
             last = self.step == self.schedule.steps
             if self.step % self.rhythm.log_every == 0 or last:
                 now = time.monotonic()
@@ -127,6 +131,22 @@ class Loop:
                     return False
         return True
 
+    def _follow(self) -> None:
+        """Let the mean follow the weights: over a tenth of the steps at first, over 1 / (1 - decay) of them later."""
+        decay = min(self.rhythm.mean, (1 + self.step) / (10 + self.step))
+        for name, mean in self._mean.items():
+            mean.lerp_(self.weights[name].detach(), 1 - decay)
+
+    def _judged(self) -> dict[str, float]:
+        """Figures of the weights that would be kept."""
+        moving = {name: self.weights[name].detach().clone() for name in self._mean}
+        for name, mean in self._mean.items():
+            self.weights[name].data.copy_(mean)
+        figures = self.task.validate()
+        for name, weight in moving.items():
+            self.weights[name].data.copy_(weight)
+        return figures
+
     def _note_loss(self, losses: list[float | Tensor], length: float, share: float, rate: float) -> None:
         loss = sum(float(each) for each in losses) / len(losses)
         if not math.isfinite(loss):
@@ -136,13 +156,13 @@ class Loop:
         self._tell("training", self.step, self.schedule.steps, f"loss {loss:.4f}  {rate:,.0f} tok/s")
 
     def _validate(self) -> None:
-        figures = self.task.validate()
+        figures = self._judged()
         self._note({f"valid_{name}": value for name, value in figures.items()})
         judged = figures[self.rhythm.judge]
         if self.memory["best"] is None or judged < self.memory["best"]:
             self.memory |= {"best": judged, "worse": 0}
             if self.rhythm.patience:
-                self.best = {name: weight.detach().clone() for name, weight in self.weights.items()}
+                self.best = {name: weight.detach().clone() for name, weight in (self._mean or self.weights).items()}
         else:
             self.memory["worse"] += 1
 
@@ -163,6 +183,7 @@ class Loop:
         tensors = {f"weight/{name}": weight for name, weight in self.weights.items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
         tensors |= {f"{BEST}{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"{MEAN}{name}": tensor for name, tensor in self._mean.items()}
         self.folder.save(State(self.step, tensors, self.memory | {"pending": [float(loss) for loss in losses]}))
 
     def _resume(self) -> None:
@@ -175,6 +196,7 @@ class Loop:
             weight.data.copy_(state.tensors[f"weight/{name}"])
         self.optimizer.load(_below(state.tensors, "optimizer/"))
         self.best = {name: t.to(self.weights[name].device) for name, t in _below(state.tensors, BEST).items()}
+        self._mean = {name: t.to(self.weights[name].device) for name, t in _below(state.tensors, MEAN).items()}
         if self._log.exists():  # lines of steps that are done again
             lines = self._log.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if line and json.loads(line)["step"] <= self.step]
