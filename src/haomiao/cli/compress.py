@@ -37,9 +37,7 @@ def configure(parser: ArgumentParser) -> None:
     options.add_model(parser, what="SRC")
     add("-o", "--output", required=True, metavar="OUT", help="directory to write; it must not exist or be empty")
     add("--group", type=options.one_of(GROUPS), help="columns that share one scale (default 32)")
-    add(
-        "--lo-shift", type=options.one_of(LO_SHIFTS), help="4: disjoint planes; 3, 2: overlap; auto (default of gptq)"
-    )
+    add("--lo-shift", type=options.one_of(LO_SHIFTS), help="4: disjoint planes; 3, 2: overlap; auto (default of gptq)")
     add("--no-lo", action="store_true", help="leave the second plane out: an ordinary int4 model, half the size")
     add("--force", action="store_true", help="replace OUT if it is an artifact")
     add(
