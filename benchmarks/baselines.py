@@ -3,9 +3,10 @@ well as it can be.
 
 Haomiao states a budget. llama-server knows none, so a thin proxy stands before it, inside the client and therefore
 without a hop of its own: earliest deadline first over as many requests as there are slots, what cannot be useful any
-more is turned away, and `t_max_predict_ms` is what remains when a request is let in; a choice is one token under a
-grammar. vLLM is given its priority scheduler with the deadline as priority. All stream, and the client hangs up at the
-deadline.
+more is turned away; a choice is one token under a grammar. The client hangs up at the deadline, but llama-server
+notices that only when it writes to a stream, or within a second: a slot that was hung up on counts as taken until
+`/slots` says that it is free, else the proxy would send what then waits inside. (`t_max_predict_ms` would be the better
+way, but it waits for a line's end.) vLLM is given its priority scheduler with the deadline as priority. All stream.
 """
 
 from __future__ import annotations
@@ -27,18 +28,27 @@ from typing import Any
 
 from haomiao.measure.load import Haomiao, OpenAI
 from haomiao.measure.mix import Offer, RequestClass
+from haomiao.measure.wire import Client
+
+LOOK_S = 0.03
+"""Between two looks at the slots of a server that was hung up on."""
+NICENESS = os.getpriority(os.PRIO_PROCESS, 0)
+"""With which this was started."""
 
 
 class EdfProxy(OpenAI):
     """Earliest deadline first before a server that has `slots` of them."""
 
-    def __init__(self, slots: int, expected_ms: dict[str, float]) -> None:
+    def __init__(self, slots: int, expected_ms: dict[str, float], url: str | None = None) -> None:
         """`expected_ms`: what a request of a class takes unloaded. Of a choice's budget so much must be left, of a
-        text's a quarter of it: a part of a text is worth something."""
+        text's a quarter of it: a part of a text is worth something. `url`: of a server that tells of its slots."""
         super().__init__(choices=False)
         self._slots = slots
         self._expected = dict(expected_ms)
+        self._url = url
         self._running = 0
+        self._lost = 0  # of these, those that were hung up on
+        self._watching: asyncio.Task[None] | None = None
         self._waiting: list[tuple[float, int, asyncio.Future[bool], Callable[[], bool]]] = []
         self._order = itertools.count()
 
@@ -59,10 +69,32 @@ class EdfProxy(OpenAI):
         self._let_in()
         return await future
 
-    def finished(self, kind: RequestClass) -> None:
-        """A slot is free."""
-        self._running -= 1
-        self._let_in()
+    def finished(self, kind: RequestClass, hung_up: bool = False) -> None:
+        """A slot is free, unless the client hung up: then the server says when."""
+        if not hung_up or self._url is None:
+            self._running -= 1
+            self._let_in()
+            return
+        self._lost += 1
+        if self._watching is None:
+            self._watching = asyncio.get_running_loop().create_task(self._watch(Client(self._url)))
+
+    async def _watch(self, client: Client) -> None:
+        """Give the slots back of those that were hung up on, as the server gets done with them."""
+        try:
+            while self._lost:
+                await asyncio.sleep(LOOK_S)
+                slots = await client.get_json("/slots", timeout_s=1.0)
+                if not isinstance(slots, list):
+                    continue
+                working = sum(bool(slot.get("is_processing")) for slot in slots)
+                still = max(0, min(self._lost, working - (self._running - self._lost)))
+                self._running -= self._lost - still
+                self._lost = still
+                self._let_in()
+        finally:
+            self._watching = None
+            client.close()
 
     def _let_in(self) -> None:
         while self._waiting and self._running < self._slots:
@@ -78,8 +110,6 @@ class EdfProxy(OpenAI):
         body = super().body(offer, kind, left_ms) | {"cache_prompt": True}
         if kind.options:
             body["grammar"] = "root ::= " + " | ".join(f'"{option}"' for option in kind.options)
-        elif left_ms is not None:
-            body["t_max_predict_ms"] = max(1, int(left_ms))
         return body
 
 
@@ -116,7 +146,7 @@ def free_port() -> int:
 def running(command: list[str], port: int, log: Path, seconds: float = 240.0) -> Iterator[str]:
     """A server while it is needed: its address once `/health` and `/v1/models` answer."""
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
+        process = subprocess.Popen(command, stdout=file, stderr=file, preexec_fn=_usual_niceness)
         url = f"http://127.0.0.1:{port}"
         try:
             until = time.monotonic() + seconds
@@ -133,6 +163,12 @@ def running(command: list[str], port: int, log: Path, seconds: float = 240.0) ->
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _usual_niceness() -> None:
+    """In the server's process: the client's own niceness is not inherited."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
 def _answers(url: str, *others: int) -> bool:
@@ -154,7 +190,7 @@ def haomiao_command(model: str, port: int, threads: int, context: int, points: s
 def llama_command(path: str, model: str, port: int, threads: int, context: int, slots: int) -> list[str]:
     """llama-server with so many slots, each of the whole context."""
     command = [path, "-m", model, "--host", "127.0.0.1", "--port", str(port), "-t", str(threads), "-tb", str(threads)]
-    return [*command, "-np", str(slots), "-c", str(context * slots), "--no-webui", "--log-disable"]
+    return [*command, "-np", str(slots), "-c", str(context * slots), "--no-webui", "--slots", "--log-disable"]
 
 
 def llama_python_command(python: str, model: str, port: int, threads: int, context: int) -> list[str]:

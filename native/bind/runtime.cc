@@ -212,6 +212,10 @@ void bind_runtime(nb::module_& m) {
       .def("last_step_profile", &BoundRunner::last_step_profile)
       .def_prop_ro("rescored", [](const BoundRunner& r) { return r.runner->rescored(); })
       .def_prop_ro("threads", [](const BoundRunner& r) { return r.runner->threads(); })
+      .def_prop_rw(
+          "active", [](const BoundRunner& r) { return r.runner->active(); },
+          [](BoundRunner& r, int threads) { r.runner->set_active(threads); })
+      .def_prop_ro("crowded", [](const BoundRunner& r) { return r.runner->crowded(); })
       .def_prop_ro("isa", [](const BoundRunner& r) { return std::string(r.runner->isa()); })
       .def_prop_ro("max_context", [](const BoundRunner& r) { return r.runner->max_context(); })
       .def_prop_ro("kv_bytes_per_block", [](const BoundRunner& r) { return r.runner->kv_bytes_per_block(); })

@@ -56,8 +56,9 @@ bool spin_until_changed(const std::atomic<uint32_t>& word, uint32_t seen, int64_
 }
 
 int64_t Barrier::wait() {
+  const int threads = threads_;  // before the others can leave, and expect another number
   const uint32_t seen = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
     arrived_.store(0, std::memory_order_relaxed);
     // Sequentially consistent with the sleeper's announcement: either it sees the new generation or we see it sleep.
     generation_.store(seen + 1, std::memory_order_seq_cst);

@@ -1,4 +1,5 @@
-// A sense-reversing barrier for a fixed number of threads: spin with pause, then sleep on a futex.
+// A sense-reversing barrier for a number of threads that changes only while nobody waits: spin with pause, then sleep
+// on a futex.
 // Knows nothing about what the threads do between two waits.
 #pragma once
 #include <atomic>
@@ -22,9 +23,11 @@ class Barrier {
   int64_t wait();
   // Forget threads that no longer exist (a forked child). Only while nobody waits.
   void reset();
+  // So many threads take part from now on. Only while nobody waits; whoever comes must have been told so since.
+  void expect(int threads) { threads_ = threads; }
 
  private:
-  const int threads_;
+  int threads_;
   const int64_t spin_ns_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};  // the sense: its change lets everyone go

@@ -56,6 +56,7 @@ Pool::Pool(int threads, bool pin)
       pin_(pin),
       spin_ns_(spin_for(cores_)),
       barrier_(static_cast<int>(cores_.size()), spin_ns_),
+      active_(static_cast<int>(cores_.size())),
       owner_(getpid()) {
   start_workers();
 }
@@ -66,8 +67,10 @@ Pool::~Pool() {
     return;
   }
   stop_ = true;
-  job_number_.fetch_add(1, std::memory_order_seq_cst);
-  futex_wake_all(job_number_);
+  call_.fetch_add(1u << kCountBits, std::memory_order_seq_cst);
+  resumed_.fetch_add(1, std::memory_order_seq_cst);
+  futex_wake_all(call_);
+  futex_wake_all(resumed_);
   for (std::thread& worker : workers_) worker.join();
 }
 
@@ -81,13 +84,7 @@ void Pool::work(int thread) {
   bool pinned = false;
   uint32_t seen = 0;
   for (;;) {
-    if (!spin_until_changed(job_number_, seen, spin_ns_)) {
-      sleepers_.fetch_add(1, std::memory_order_seq_cst);
-      while (job_number_.load(std::memory_order_seq_cst) == seen) futex_wait(job_number_, seen);
-      sleepers_.fetch_sub(1, std::memory_order_relaxed);
-    }
-    ++seen;
-    if (stop_) return;
+    if (!wait_for_call(thread, seen)) return;
     if (pinned != pinned_) {
       pinned = pinned_;
       pinned ? pin_to({cores_[static_cast<size_t>(thread)]}) : pin_to(allowed_);
@@ -97,25 +94,59 @@ void Pool::work(int thread) {
   }
 }
 
+// False if there will be no more.
+bool Pool::wait_for_call(int thread, uint32_t& seen) {
+  constexpr uint32_t kCount = (1u << kCountBits) - 1;
+  const auto included = [&] {
+    return static_cast<int>((seen = call_.load(std::memory_order_seq_cst)) & kCount) > thread;
+  };
+  if (!spin_until_changed(call_, seen, spin_ns_)) {
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    while (call_.load(std::memory_order_seq_cst) == seen) futex_wait(call_, seen);
+    sleepers_.fetch_sub(1, std::memory_order_relaxed);
+  }
+  // A job that includes this thread waits for it, so the present call is the one to follow, however many passed by.
+  while (!included() && !stop_) {
+    const uint32_t resumed = resumed_.load(std::memory_order_seq_cst);
+    if (included() || stop_) break;  // after `resumed` was read: it changes after the call
+    futex_wait(resumed_, resumed);
+  }
+  return !stop_;
+}
+
+void Pool::call_workers() {
+  const uint32_t number = (call_.load(std::memory_order_relaxed) >> kCountBits) + 1;
+  call_.store(number << kCountBits | static_cast<uint32_t>(active_), std::memory_order_seq_cst);
+  if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(call_);
+  if (active_ > called_ && called_ > 0) {
+    resumed_.fetch_add(1, std::memory_order_seq_cst);
+    futex_wake_all(resumed_);
+  }
+  called_ = active_;
+}
+
+void Pool::set_active(int threads) { active_ = std::clamp(threads, 1, this->threads()); }
+
 bool Pool::run(Job job, void* context) {
   if (owner_ != getpid()) {
     for (std::thread& worker : workers_) new std::thread(std::move(worker));
     workers_.clear();
     barrier_.reset();
     sleepers_.store(0);
-    job_number_.store(0);
+    call_.store(0);
+    called_ = 0;
     busy_.store(false);
     owner_ = getpid();
     start_workers();
   }
   if (busy_.exchange(true, std::memory_order_acquire)) return false;
   {
-    pinned_ = pin_ && threads() > 1 && loose_ == 0;
+    pinned_ = pin_ && active_ > 1 && loose_ == 0;
     crowded_.store(false, std::memory_order_relaxed);
     const PinnedScope pinned(pinned_, cores_[0]);
     job_ = job, context_ = context;
-    job_number_.fetch_add(1, std::memory_order_seq_cst);
-    if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(job_number_);
+    barrier_.expect(active_);
+    if (active_ > 1) call_workers();
     job(context, 0);
     barrier();
   }

@@ -51,7 +51,7 @@ void Runner::add_tiles(Attending& work, int sequence, int first_token, int token
 void Runner::divide_tiles(Attending& work) const {
   work.items.clear();
   work.split = false;
-  const int64_t pieces = static_cast<int64_t>(work.tiles.size()) * least_kv_heads_, threads = pool_.threads();
+  const int64_t pieces = static_cast<int64_t>(work.tiles.size()) * least_kv_heads_, threads = pool_.active();
   const int64_t wanted = kItemsPerThread * threads;
   if (pieces == 0 || threads == 1 || pieces >= wanted || pieces % threads == 0) return;
   size_t floats = 0;

@@ -75,7 +75,8 @@ void Runner::screen(const LogitsPhase& phase, const Prepared& prepared, size_t i
   int64_t kept = 0;
   for (int r = 0; r < rows; ++r) {
     float reached = -HUGE_VALF;
-    for (const Thread& each : thread_memory_) reached = std::max(reached, each.reached[r]);
+    for (int t = 0; t < pool_.active(); ++t)
+      reached = std::max(reached, thread_memory_[static_cast<size_t>(t)].reached[r]);
     needed[r] = needed_bound(phase.head, reached);
     for (int tile = 0; tile < tiles; ++tile) kept += may_win(r, tile, needed[r]);
   }

@@ -230,14 +230,14 @@ Activation Runner::activation_of(const Weight& weight) const {
 }
 
 Runner::Share Runner::share(int count, int unit, int thread) const {
-  const int64_t units = (count + unit - 1) / unit, n = pool_.threads();
+  const int64_t units = (count + unit - 1) / unit, n = pool_.active();
   const int64_t begin = units * thread / n * unit, end = units * (thread + 1) / n * unit;
   return {static_cast<int>(std::min<int64_t>(begin, count)), static_cast<int>(std::min<int64_t>(end, count))};
 }
 
 // Tiles from `first` on, counted from there. Under a tile mask threads get as many stored groups, not as many tiles.
 Runner::Share Runner::share_tiles(const Weight& weight, int first, int unit, int thread) const {
-  const int count = tiles_of(weight) - first, n = pool_.threads();
+  const int count = tiles_of(weight) - first, n = pool_.active();
   if (!weight.mask.first) return share(count, unit, thread);
   const int64_t *before = weight.mask.first + first, *end = before + count;
   const auto cut = [&](int k) {
@@ -283,7 +283,7 @@ void Runner::begin_step(const PointSpec& point, const Batch& batch, float* logit
   plan_items();
   plan_screening();
   for (size_t i = 0; i < 2 * phases_.size(); ++i) next_[i].store(0, std::memory_order_relaxed);
-  for (int t = 0; t < pool_.threads(); ++t) claims_.open(0, t);
+  for (int t = 0; t < pool_.active(); ++t) claims_.open(0, t);
 }
 
 void Runner::run_job(void* runner, int thread) { static_cast<Runner*>(runner)->run_phases(thread); }
@@ -308,7 +308,8 @@ void Runner::choose_argmax(int32_t* argmax) const {
   for (int64_t r = 0; r < batch_.rows; ++r) {
     float best = 0;
     int32_t at = kNone;
-    for (const Thread& thread : thread_memory_) {
+    for (int t = 0; t < pool_.active(); ++t) {
+      const Thread& thread = thread_memory_[static_cast<size_t>(t)];
       if (beats(thread.best[r], thread.best_at[r], best, at)) best = thread.best[r], at = thread.best_at[r];
     }
     argmax[r] = at;

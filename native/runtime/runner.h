@@ -47,6 +47,10 @@ class Runner {
   std::string copy_blocks(const int32_t* pairs, int64_t count);
 
   int threads() const { return pool_.threads(); }
+  // Threads that compute the steps to come (pool.h); no bit depends on it.
+  void set_active(int threads) { pool_.set_active(threads); }
+  int active() const { return pool_.active(); }
+  bool crowded() const { return pool_.crowded(); }
   const char* isa() const { return kernels_.isa; }
   int64_t kv_bytes_per_block() const { return kv_bytes_per_block_; }
   int64_t max_context() const { return plan_.max_context; }
@@ -181,7 +185,7 @@ class Runner {
   template <typename Work>
   void work_off(size_t phase, int thread, const Weight& weight, int first, int unit, int chunk, int passes,
                 const Work& work) {
-    const int threads = pool_.threads(), helped = std::min(threads, 1 + kMostHelped);
+    const int threads = pool_.active(), helped = std::min(threads, 1 + kMostHelped);
     for (int k = 0; k < helped; ++k) {
       const int owner = (thread + k) % threads;
       const Share all = share_tiles(weight, first, unit, owner);

@@ -1,6 +1,6 @@
 // The pool and its barrier: every thread runs every job once, phases do not overlap, more threads than cores progress,
-// a forked child works, affinity is given back, threads let go of their cores where one is long waited for; every piece
-// of a phase is claimed once.
+// fewer threads than there are work, a forked child works, affinity is given back, threads let go of their cores where
+// one is long waited for; every piece of a phase is claimed once.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -36,7 +36,7 @@ void add_up(void* context, int thread) {
 }
 
 void check_sums(Pool& pool, int phases) {
-  const int64_t n = pool.threads();
+  const int64_t n = pool.active();
   Sums sums = {&pool, phases, std::vector<int64_t>(static_cast<size_t>(n)),
                std::vector<int64_t>(static_cast<size_t>(n))};
   CHECK(pool.run(add_up, &sums));
@@ -51,6 +51,28 @@ void test_phases() {
     for (int job = 0; job < 20; ++job) check_sums(pool, 10);
     usleep(2000);  // let the workers fall asleep
     check_sums(pool, 10);
+  }
+}
+
+// Any number of threads after any other, workers awake or asleep.
+void test_fewer_threads() {
+  for (const int threads : {2, 3, 5}) {
+    Pool pool(threads);
+    pool.set_active(1);
+    check_sums(pool, 3);
+    for (int job = 0, active = 1; job < 200; ++job, active = (active * 7 + job) % threads + 1) {
+      pool.set_active(active);
+      CHECK(pool.active() == active);
+      check_sums(pool, 3);
+      if (job % 20 == 0) usleep(1000);
+    }
+    pool.set_active(0);
+    CHECK(pool.active() == 1);
+    pool.set_active(threads + 9);
+    CHECK(pool.active() == threads);
+    check_sums(pool, 3);
+    pool.set_active(1);  // destroyed while the others are left out
+    check_sums(pool, 3);
   }
 }
 
@@ -196,6 +218,7 @@ void test_quota() {
 
 int main() {
   test_phases();
+  test_fewer_threads();
   test_default_threads();
   test_busy_is_refused();
   test_affinity_is_given_back();

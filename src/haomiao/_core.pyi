@@ -131,6 +131,8 @@ class Plan:
 
 class Runner:
     threads: int
+    active: int
+    crowded: bool
     isa: str
     max_context: int
     kv_bytes_per_block: int

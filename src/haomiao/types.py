@@ -272,6 +272,8 @@ class Receipt:
     budget_ms: float | None = None
     predicted_ms: float | None = None
     """The bound on `total_ms` that was stated at admission, or what a refused request would have needed."""
+    coverage: float | None = None
+    """The share of such bounds that is promised to hold; None where none was stated."""
     queue_ms: float = 0.0
     prefill_ms: float = 0.0
     decode_ms: float = 0.0

@@ -83,6 +83,48 @@ def test_stated_coverage_is_measured_coverage() -> None:
     assert counted["inside"] / counted["steps"] == pytest.approx(inside, abs=0.002)
 
 
+@pytest.mark.parametrize("coverage", [0.9, 0.95])
+def test_less_coverage_is_what_is_measured_then(coverage: float) -> None:
+    rng = np.random.default_rng(4)
+    cost, strict = CostModel(coverage), CostModel()
+    steps = [(shape, machine(shape) * rng.lognormal(0, 0.1)) for shape in (draw(rng) for _ in range(400))]
+    cost.calibrate(steps)
+    strict.calibrate(steps)
+    inside = 0
+    for _ in range(4000):
+        shape = draw(rng)
+        actual = machine(shape) * rng.lognormal(0, 0.1)
+        inside += actual <= (cost.bound(shape) or 0)
+        cost.observe(shape, actual)
+        strict.observe(shape, actual)
+    assert inside / 4000 == pytest.approx(coverage, abs=0.012)
+    assert cost.margin(8 * MS) < strict.margin(8 * MS)
+
+
+@pytest.mark.parametrize("coverage", [0.0, 0.49, 1.0, float("nan")])
+def test_a_coverage_that_nobody_can_state_is_refused(coverage: float) -> None:
+    with pytest.raises(InputError, match="coverage"):
+        CostModel(coverage)
+
+
+def test_a_neighbour_that_comes_and_goes_is_not_counted_twice() -> None:
+    """For 200 ms in turns the machine is as measured and three times slower. While it is slow a run of 256 ms is not
+    bounded by three times what was seen in calm: it will be calm again; while it is calm, by more than is seen."""
+    rng = np.random.default_rng(12)
+    cost = calibrated(lambda: 1.0)
+    shape = StepShape("int8", 1, 0, 100, 1)
+    usual, bounds, now = machine(shape), {1.0: 0.0, 3.0: 0.0}, 0.0
+    for _ in range(6000):
+        slow = 3.0 if now // (200 * MS) % 2 else 1.0
+        took = usual * slow * rng.uniform(0.97, 1.03)
+        now += took
+        cost.observe(shape, took)
+        expected = 256 * MS * cost.slowness
+        bounds[slow] = expected * cost.margin(expected) / (256 * MS)
+        assert cost.margin(expected) >= 1.0 or cost.slowness < 1.0
+    assert bounds[3.0] < 4.5 and bounds[1.0] > 1.5
+
+
 def test_long_runs_are_bounded_more_tightly_than_steps() -> None:
     rng = np.random.default_rng(5)
     cost = calibrated(lambda: rng.lognormal(0, 0.1))

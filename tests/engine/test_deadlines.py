@@ -107,6 +107,7 @@ def test_a_budget_that_fits_runs_at_the_accurate_point() -> None:
     assert receipt.outcome == "met" and [entry.point for entry in receipt.schedule] == ["int8"]
     assert receipt.predicted_ms == pytest.approx(1.3 * (2 + 9 * 1.05))
     assert receipt.total_ms <= receipt.predicted_ms <= 40
+    assert receipt.coverage == 0.99
     engine.settle()
     assert engine.budgets.promises.stated == engine.budgets.promises.kept == 1
     assert len(times.observed) >= 9

@@ -108,6 +108,31 @@ def test_neither_company_nor_cuts_nor_threads_change_a_bit(
     assert_same_bits(run_in_company(executor, tokens, point, cuts, others), alone)
 
 
+@given(
+    point=st.sampled_from(sorted(STORED_AS)),
+    active=st.lists(st.integers(1, 4), min_size=1, max_size=8),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25, deadline=None)
+def test_fewer_threads_change_no_bit(point: str, active: list[int], seed: int) -> None:
+    """Another number of the threads for every step of a request, greedy rows among them."""
+    model = make_model(Shape(), STORED_AS[point])
+    tokens = tokens_of(9 * len(active), seed)
+    executor = native(model, point, threads=4, crew=False)
+    alone = run_alone(native(model, point, threads=1), tokens, point)
+    parts = []
+    for index, threads in enumerate(active):
+        executor._open().active = threads
+        span = Span(tokens[9 * index : 9 * index + 9], 9 * index, blocks_for(len(tokens)))
+        rows = executor.step(make_batch([span], point))
+        parts.append(rows.logits.copy())
+        assert (rows.argmax == parts[-1].argmax(axis=1)).all()
+        greedy = make_batch([span], point, rows=[8])
+        greedy.greedy = np.ones(1, np.bool_)
+        assert executor.step(greedy).argmax[0] == rows.argmax[-1]
+    assert_same_bits(np.concatenate(parts), alone)
+
+
 @pytest.mark.parametrize("threads", [2, 3, 4])
 @pytest.mark.parametrize("kv", KV)
 def test_a_long_context_divided_over_threads(kv: Any, threads: int) -> None:

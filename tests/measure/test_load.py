@@ -12,7 +12,7 @@ import pytest
 
 from haomiao.cli.main import main
 from haomiao.errors import InputError
-from haomiao.measure.attainment import is_on_time, score, summarize_load
+from haomiao.measure.attainment import is_on_time, lag_limit_ms, score, summarize_load
 from haomiao.measure.load import DIALECTS, Load, Record, Run, events_of, model_of
 from haomiao.measure.mix import BUILT_IN, Mix, Offer, RequestClass, draw_trace
 from haomiao.measure.wire import Address, Client, Response
@@ -283,9 +283,13 @@ def test_everything_is_divided_by_all_that_was_offered() -> None:
 
 
 def test_a_late_client_makes_the_run_void() -> None:
-    fine = summarize_load(Run([record(lag_ms=0.4) for _ in range(50)], 1.0), Mix("m", (TEXT,)))
-    void = summarize_load(Run([record(lag_ms=3.0) for _ in range(50)], 1.0), Mix("m", (TEXT,)))
+    """By more than a tenth of the shortest budget, 100 ms; where budgets are short, or none, by more than 2 ms."""
+    fine = summarize_load(Run([record(lag_ms=9.0) for _ in range(50)], 1.0), Mix("m", (TEXT,)))
+    void = summarize_load(Run([record(lag_ms=11.0) for _ in range(50)], 1.0), Mix("m", (TEXT,)))
     assert (fine["void"], void["void"]) == (False, True)
+    assert [
+        lag_limit_ms(Mix("m", (RequestClass("c", 1, budget, prompts=("P",)),))) for budget in (None, 5.0, 60.0)
+    ] == [2, 2, 6]
 
 
 # ---- the command --------------------------------------------------------------------------------------------------

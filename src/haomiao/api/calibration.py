@@ -1,6 +1,7 @@
 """The cost model of one loaded model, and where it is kept: `HAOMIAO_CACHE/costs/<key>.json`.
 
-The key covers machine, artifact, build, threads, KV type and points: whatever changes how long a step takes. What is
+The key covers machine, artifact, build, threads, KV type, points and coverage: whatever changes how long a step takes,
+and what is said of it. What is
 read back is distrusted; a folder that cannot be written costs a new measurement next time and nothing else.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from haomiao.config import cache_dir
-from haomiao.engine.cost import CostModel
+from haomiao.engine.cost import COVERAGE, CostModel
 from haomiao.engine.driver import Driver
 from haomiao.errors import InputError
 from haomiao.models.open import OpenedModel
@@ -32,10 +33,17 @@ class Calibration:
     """A cost model that is measured, or read, when it is first needed."""
 
     def __init__(
-        self, opened: OpenedModel, executor: Executor, points: Sequence[str], *, kind: str, max_context: int
+        self,
+        opened: OpenedModel,
+        executor: Executor,
+        points: Sequence[str],
+        *,
+        kind: str,
+        max_context: int,
+        coverage: float = COVERAGE,
     ) -> None:
-        """`points` are measured: those that the throttle may use."""
-        self.cost = CostModel()
+        """`points` are measured: those that the throttle may use. Raises `InputError` for the coverage."""
+        self.cost = CostModel(coverage)
         self.ready = False
         self._executor = executor
         self._points = tuple(points)
@@ -95,11 +103,11 @@ class Calibration:
                 temporary.unlink()
 
     def _key(self) -> str:
-        """32 hex digits that change with whatever a step's time depends on."""
+        """32 hex digits that change with whatever a step's time, or its bound, depends on."""
         about: list[Any] = [
             *(FORMAT, platform.machine(), _processor(), os.cpu_count(), self._kind, _build()),
             *(getattr(self._executor, "threads", 1), getattr(self._executor, "isa", "")),
-            *(self._executor.kv_type, self._executor.max_step_tokens, self._points),
+            *(self._executor.kv_type, self._executor.max_step_tokens, self._points, self.cost.coverage),
             [[s.kind, s.name, s.plane, s.bytes, s.crc] for s in self._opened.artifact.sections],
         ]
         return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:32]

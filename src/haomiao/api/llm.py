@@ -54,6 +54,7 @@ class LLM:
         speculate: str | os.PathLike[str] = "auto",
         monitor_rate: float | None = None,
         max_kl: float | None = None,
+        coverage: float = 0.99,
         progress: Progress | None = None,
     ) -> None:
         """Open a model: an artifact, a directory, a GGUF file, a Hugging Face id, or None for the embedded one.
@@ -63,10 +64,11 @@ class LLM:
         kept, `kv_memory` the bytes they may take (default: a quarter of the available memory, at most 2 GiB),
         `max_context` the tokens of a prompt and its answer (default: the model's own, as far as it fits). `device` is
         "cpu" (default), "cuda" (PyTorch and Triton; K and V then take most of the GPU's free memory) or "auto" (a GPU
-        if there is one); `executor` chooses a slow one for comparison. `speculate`
-        says who drafts tokens: "suffix" ("auto": what occurred before in prompt and answer), "self" (the model's int4
-        plane), another model of the same vocabulary by its name, or "off"; answers are the same in any case. `progress`
-        is called with (what, done, total). Raises `ModelError`, `ModelNotFoundError`, `InputError`, `UnavailableError`.
+        if there is one); `executor` chooses a slow one for comparison. `speculate` says who drafts tokens: "suffix"
+        ("auto": what occurred before in prompt and answer), "self" (the model's int4 plane), another model of the same
+        vocabulary by its name, or "off"; answers are the same in any case. `coverage` is the share of the predicted
+        bounds of budgets that is to hold: less admits more. `progress` is called with (what, done, total). Raises
+        `ModelError`, `ModelNotFoundError`, `InputError`, `UnavailableError`.
         """
         from haomiao.api.calibration import Calibration
         from haomiao.api.devices import kv_memory_on, make_executor, on_device, opening_point, place
@@ -121,7 +123,9 @@ class LLM:
         self.eos_ids = end_ids(self.tokenizer, opened)
         self._opened = opened
         throttled = points_of_throttle(points, self.points, self.point)
-        self._calibration = Calibration(opened, runner, throttled, kind=placement.name, max_context=self.max_context)
+        self._calibration = Calibration(
+            opened, runner, throttled, kind=placement.name, max_context=self.max_context, coverage=coverage
+        )
         self._progress = progress
         self._requests = RequestMaker(self.tokenizer, self.vocab_size, self.max_context, self.calibrate)
         self._chat_prompts = ChatPrompts(self._requests)

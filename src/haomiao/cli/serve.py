@@ -55,6 +55,14 @@ def seconds(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """What of all bounds may be promised to hold."""
+    value = options.number(text)
+    if not 0.5 <= value <= 0.9999:
+        raise ArgumentTypeError(f"must be from 0.5 to 0.9999, not {text!r}")
+    return value
+
+
 FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "host": (str, "address to listen on (default 127.0.0.1)"),
     "port": (options.natural, "default 8000; 0 takes a free one"),
@@ -73,6 +81,7 @@ FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "request-templates": (flag, "let requests bring a chat template of their own"),
     "max-kl": (options.number, "greatest mean KL, nats per token, of the points that are used: measured, and live"),
     "monitor-rate": (options.number, "share of steps and answers that the monitor runs again (0.02 with --max-kl)"),
+    "coverage": (share, "share of the predicted bounds of budgets that is to hold (default 0.99)"),
     "max-queue": (options.positive, "requests in flight before 429 (default 256)"),
     "rate-limit": (seconds, "requests a minute per key, or per address without keys"),
     "max-body": (memory, "bytes of a request body (default 4M)"),
@@ -141,6 +150,7 @@ def run(args: Namespace) -> int:
             "speculate": "speculate",
             "points": "points",
             "max-kl": "max_kl",
+            "coverage": "coverage",
             "monitor-rate": "monitor_rate",
         }
     )

@@ -20,6 +20,8 @@ class Letterhead:
     isa: str = ""
     errors: Mapping[str, float] = field(default_factory=dict)
     """Mean KL to `full` by point, as measured for the artifact."""
+    coverage: float | None = None
+    """The share of stated bounds that is to hold."""
 
 
 def make_receipt(
@@ -37,9 +39,12 @@ def make_receipt(
     first = sequence.first_token_ns if sequence is not None else None
     schedule = list(sequence.schedule) if sequence is not None else []
     predicted = None if job.promised_ns is None else (job.promised_ns - arrival) / 1e6
+    if error is not None and error.predicted_ms is not None:
+        predicted = error.predicted_ms
     return Receipt(
         budget_ms=None if deadline is None else (deadline - arrival) / 1e6,
-        predicted_ms=predicted if error is None or error.predicted_ms is None else error.predicted_ms,
+        predicted_ms=predicted,
+        coverage=None if predicted is None else head.coverage,
         queue_ms=(started - arrival) / 1e6,
         prefill_ms=((now if first is None else first) - started) / 1e6,
         decode_ms=0.0 if first is None else (now - first) / 1e6,

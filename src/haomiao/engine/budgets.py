@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from haomiao.engine import throttle
 from haomiao.engine.admission import admit, ladder_of, permitted
 from haomiao.engine.batch import work_of_new
-from haomiao.engine.cost import LearningCost, StepShape
+from haomiao.engine.cost import COVERAGE, LearningCost, StepShape
 from haomiao.engine.forecast import Machine, Work, forecast
 from haomiao.engine.lengths import AnswerLengths
 from haomiao.engine.promises import Promises
@@ -59,7 +59,7 @@ class Budgets:
     ) -> None:
         """`points` are those of the executor, `throttled` those that a budget may be lowered to."""
         self.ladder = ladder_of(points)
-        self.promises = Promises(getattr(cost, "coverage", 0.99))
+        self.promises = Promises(COVERAGE if cost is None else cost.coverage)
         self.gear = Gear()
         self._default = default
         self._lowest = ladder_of(throttled)[-1] if throttled else default

@@ -8,8 +8,8 @@ the latest steps, because neighbours come and go (engine/slowness.py). What the 
 (tokens, rows and context of one order of magnitude) is learned apart, and slowly.
 
 A bound is the expectation times the stated quantile of actual / expected among runs that are expected to take as long
-(engine/overrun.py): noise averages out over a long answer, drift does not, stalls come by the time that passes. Knows
-no clock: durations are told.
+(engine/overrun.py): noise averages out over a long answer, drift does not, stalls come by the time that passes. That of
+a single step stands on single steps of its size. Knows no clock: durations are told.
 """
 
 from __future__ import annotations
@@ -23,15 +23,20 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from haomiao.engine.overrun import HORIZONS_NS, Overrun
+from haomiao.engine.overrun import DAMPING, HORIZONS_NS, Overrun
+from haomiao.engine.quantile import AdaptiveQuantile
 from haomiao.engine.slowness import Slowness
 from haomiao.errors import InputError
 
+COVERAGE = 0.99
+"""The share of bounds that is to hold unless somebody says otherwise."""
 IDLE_MARGIN = 1.1
 """Bound / expectation of a machine without neighbours: most of what steps vary by is their doing."""
 LEARNED = 0.1
 """Share of a surprise that is taken into account for steps of the same kind."""
 HALF_LIFE_NS = 200_000_000
+SINGLE_STEPS, SINGLE_RATE, ENOUGH = 512, 0.03, 64
+"""Latest single steps of one size that count, how fast their level follows misses, and how many are enough."""
 TOLERANCE = 0.1
 """Relative error beyond which a measured step counts less in a fit."""
 TOKEN_KNOTS = (0, 1, 2, 4, 8, 16, 32, 64, 256)
@@ -136,7 +141,10 @@ class Fit:
 class CostModel:
     """Implements `Cost`. Unless it was calibrated it learns from the first `minimum` steps of each point."""
 
-    def __init__(self, coverage: float = 0.99, minimum: int = 32) -> None:
+    def __init__(self, coverage: float = COVERAGE, minimum: int = 32) -> None:
+        """Raises `InputError` for a coverage outside 0.5 to 0.9999: no window of steps tells more."""
+        if not 0.5 <= coverage <= 0.9999:
+            raise InputError(f"coverage must be from 0.5 to 0.9999, not {coverage:g}", param="coverage")
         self.coverage = coverage
         self._minimum = minimum
         self._weights: dict[str, list[float]] = {}
@@ -145,6 +153,8 @@ class CostModel:
         self._slowness = Slowness()
         self._offsets: dict[tuple[str, int, int, int], float] = {}
         self._overrun = Overrun(coverage)
+        self._single: dict[int, AdaptiveQuantile] = {}  # of single steps, by the size of their expectation
+        self._seen = self._inside = 0
 
     # ---- learn ----------------------------------------------------------------------------------------------------
 
@@ -156,6 +166,7 @@ class CostModel:
             self._young.pop(point, None)
         self._slowness = Slowness()
         self._offsets.clear()
+        self._single.clear()
         self._overrun = Overrun(self.coverage)
         self._overrun.prime([(self._fits[shape.point](shape), duration) for shape, duration in steps])
 
@@ -175,8 +186,14 @@ class CostModel:
         kind = _kind(shape)
         offset = self._offsets.get(kind, 1.0)
         expected = max(1.0, fit(shape) * offset)
+        believed = expected * self._slowness.value
+        self._seen += 1
+        self._inside += nanoseconds <= self._bound(believed)
+        single = self._single.setdefault(_size(believed), AdaptiveQuantile(self.coverage, SINGLE_STEPS, SINGLE_RATE))
+        single.add(nanoseconds / (expected * self._slowness.value**DAMPING))
         self._overrun.add(expected, nanoseconds, self._slowness.value)
         self._slowness.add(nanoseconds / expected, expected)
+        self._overrun.believe(self._slowness.value)
         surprise = math.log(max(nanoseconds, 1.0) / (expected * self._slowness.latest))
         self._offsets[kind] = min(4.0, max(0.25, offset * math.exp(LEARNED * min(0.3, max(-0.3, surprise)))))
 
@@ -213,7 +230,7 @@ class CostModel:
     def bound(self, shape: StepShape) -> float | None:
         """Nanoseconds that `coverage` of such steps stay within, or None before enough steps were seen."""
         expected = self.predict(shape)
-        return None if expected is None else expected * self._overrun.margin(expected)
+        return None if expected is None else self._bound(expected)
 
     def margin(self, nanoseconds: float) -> float:
         """Bound / expectation of a run of steps that is expected to take so long."""
@@ -233,11 +250,19 @@ class CostModel:
         times as long: if they alone kept requests out, nothing would run, and nothing would ever be learned again."""
         lives = max(0.0, nanoseconds) / HALF_LIFE_NS
         self._slowness.fade(0.5**lives)
+        self._overrun.believe(self._slowness.value)
         self._overrun.fade(0.5 ** (lives / 10))
 
     def counters(self) -> dict[str, int]:
         """Steps whose bound was stated, and those that kept it: what measured coverage is made of."""
-        return {"steps": self._overrun.seen, "inside": self._overrun.inside}
+        return {"steps": self._seen, "inside": self._inside}
+
+    def _bound(self, expected: float) -> float:
+        """Of a single step: it stands on steps of its size, since the steps of a run make up for each other."""
+        single = self._single.get(_size(expected))
+        if single is None or single.value is None or len(single) < ENOUGH:
+            return expected * self._overrun.margin(expected)
+        return expected * max(1.0, single.value * math.pow(self._slowness.value, DAMPING - 1.0))
 
     # ---- keep -----------------------------------------------------------------------------------------------------
 
@@ -293,6 +318,11 @@ def _kind(shape: StepShape) -> tuple[str, int, int, int]:
     tokens = shape.decode_tokens + shape.prefill_tokens
     context = shape.context_tokens // max(1, tokens)
     return shape.point, tokens.bit_length(), shape.logit_rows.bit_length(), context.bit_length() // 2
+
+
+def _size(nanoseconds: float) -> int:
+    """Order of magnitude of a step's time, to the base 4."""
+    return int(nanoseconds).bit_length() // 2
 
 
 def nonnegative_least_squares(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

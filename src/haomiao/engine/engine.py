@@ -17,6 +17,7 @@ from collections.abc import Sequence as SequenceOf
 from haomiao.engine import scheduler
 from haomiao.engine.account import Letterhead
 from haomiao.engine.admission import Limits, check_request
+from haomiao.engine.alike import plan
 from haomiao.engine.batch import Share, make_batch, shape_of, work_of
 from haomiao.engine.budgets import Budgets
 from haomiao.engine.cost import LearningCost, StepShape
@@ -102,7 +103,11 @@ class Engine:
         self._looked = False  # the monitor took time in the last step
         self._roster = Roster(self.pool, self._name_blocks, self._speculator.release)
         letterhead = Letterhead(
-            name, int(getattr(executor, "threads", 0)), str(getattr(executor, "isa", "")), dict(errors or {})
+            name,
+            int(getattr(executor, "threads", 0)),
+            str(getattr(executor, "isa", "")),
+            dict(errors or {}),
+            None if cost is None else cost.coverage,
         )
         self._reporter = Reporter(self._roster, letterhead, observers, self.budgets.ended)
         self._haste = Haste(self._roster, self._reporter, self.budgets, cost)
@@ -323,7 +328,7 @@ class Engine:
                 self._max_sequences,
                 self.budgets.chunk_tokens(),
             )
-            step_plan = scheduler.plan(now, state, self.cost)
+            step_plan = plan(now, state, self.cost, self._roster)
             if step_plan.blocked and (self.monitor.give_way() or self.held.drop_oldest()):
                 continue
             for key in step_plan.preempt:

@@ -16,6 +16,11 @@ bootstrap for general stationary observations", section 2). What the past does n
 corrects: it follows the misses that happen (adaptive conformal inference, Gibbs and Candès 2021, equation 2), counted
 on runs that do not overlap, each against the bound that was stated when it began.
 
+A slowness that is seen now is half gone, on a logarithmic scale, by the time that bounds are needed for: what is slow
+now is mostly so for a while. So the quantile is one of actual / (fitted * sqrt(slowness)), one number for what lasts,
+what passes and what comes back; a bound that multiplies the present slowness with the worst that ever came on top of
+one counts the same neighbour twice.
+
 Runs are told apart by their expected nanoseconds: the same stall is little to a long run, however few its steps. Knows
 no clock and no shapes.
 """
@@ -50,15 +55,14 @@ EVERY = 8
 EARLY = 256
 """Steps after which they do."""
 RATE = 0.1
+DAMPING = 0.5
+"""Exponent of the slowness in what bounds are relative to."""
 
 
 class Overrun:
     """The errors of the latest runs, and bounds for the next ones."""
 
     def __init__(self, coverage: float) -> None:
-        self.coverage = coverage
-        self.seen = 0
-        self.inside = 0
         self._room = 2 * KEPT_STEPS
         self._fitted = np.zeros(self._room + 1)  # sums up to each step: of what was fitted, and of what it took
         self._actual = np.zeros(self._room + 1)
@@ -67,13 +71,12 @@ class Overrun:
         self._count = 0
         self._horizons = [_Horizon(length, prior, coverage) for length, prior in zip(HORIZONS_NS, PRIORS, strict=True)]
         self._ease = 1.0
+        self._damp = 1.0
         self._refresh()
 
     def add(self, fitted_ns: float, actual_ns: float, slowness: float) -> None:
         """A step took `actual_ns`; `slowness` times `fitted_ns` was expected."""
         expected = fitted_ns * slowness
-        self.seen += 1
-        self.inside += actual_ns <= expected * self.margin(expected)
         for horizon in self._horizons:
             horizon.add(expected, actual_ns, slowness)
         self._ease = min(1.0, self._ease + 1 / 32)
@@ -97,6 +100,10 @@ class Overrun:
         """Keep `share` of what bounds are beyond `RESTED`; the next steps bring it back if it is true."""
         self._ease *= share
 
+    def believe(self, slowness: float) -> None:
+        """The machine's slowness at present, which the expectations of the bounds to come hold."""
+        self._damp = slowness ** (DAMPING - 1.0)
+
     def margin(self, nanoseconds: float) -> float:
         """Bound / expectation of a run that is expected to take so long, between the horizons by the logarithm."""
         logs, margins = self._table
@@ -107,6 +114,10 @@ class Overrun:
         else:
             share = (log - logs[index - 1]) / (logs[index] - logs[index - 1])
             found = margins[index - 1] + share * (margins[index] - margins[index - 1])
+        if self._damp < 1.0:
+            found = max(min(found, 1.0), found * self._damp)  # no bound is below what is expected now
+        else:
+            found *= self._damp
         return found if found <= RESTED else RESTED + (found - RESTED) * self._ease
 
     def state(self) -> list[float]:
@@ -142,11 +153,12 @@ class Overrun:
         ends = starts + 1
         if horizon.length:
             ends = np.maximum(np.searchsorted(fitted, fitted[starts] + horizon.length / slowness[starts]), ends)
-        expected = slowness[starts] * (fitted[np.minimum(ends, len(slowness))] - fitted[starts])
+        run = fitted[np.minimum(ends, len(slowness))] - fitted[starts]
+        expected, damped = slowness[starts] * run, slowness[starts] ** DAMPING * run
         alike = ends <= len(slowness)
         if horizon.length:
             alike &= expected < 4 * horizon.length  # a longer step is no run of this length
-        horizon.learn((actual[ends[alike]] - actual[starts[alike]]) / np.maximum(expected[alike], 1.0))
+        horizon.learn((actual[ends[alike]] - actual[starts[alike]]) / np.maximum(damped[alike], 1.0))
 
     def _refresh(self) -> None:
         """The table that `margin` reads: of horizons that were seen, or of all if none was; a longer run's bound is
@@ -170,7 +182,7 @@ class _Horizon:
         self.length = length
         self.place = length or SHORTEST_NS
         self.most = max(MOST, 1.0 + MOST_NS / self.place)
-        self.margin = prior
+        self.margin = prior  # of a machine as fast as it was measured
         self.known = False
         self._aim = 1.0 - coverage
         self._miss = self._aim
@@ -180,7 +192,7 @@ class _Horizon:
     def add(self, expected_ns: float, actual_ns: float, slowness: float) -> None:
         """Go on with the present run: its expectation was made at the slowness of its first step."""
         if not self._expected:
-            self._slowness, self._stated = slowness, self.margin
+            self._slowness, self._stated = slowness, self.margin * slowness ** (DAMPING - 1.0)
         self._actual += actual_ns
         self._expected += expected_ns * self._slowness / slowness
         if self._expected < self.length:
@@ -191,7 +203,7 @@ class _Horizon:
         self._actual = self._expected = 0.0
 
     def learn(self, ratios: np.ndarray) -> None:
-        """The latest runs of this length, overlapping: actual / expected."""
+        """The latest runs of this length, overlapping: actual / (fitted * sqrt(slowness))."""
         if len(ratios) < ENOUGH:
             return
         rank = min(len(ratios), math.ceil((1.0 - self._miss) * (len(ratios) + 1))) - 1

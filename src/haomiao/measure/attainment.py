@@ -13,8 +13,9 @@ from haomiao.measure.load import Record, Run
 from haomiao.measure.mix import Mix, RequestClass
 from haomiao.metrics.statistics import percentile
 
-VOID_LAG_MS = 2.0
-"""A cell whose 99th percentile of send lag is above this says nothing about the server."""
+VOID_LAG_MS, VOID_LAG_SHARE = 2.0, 0.1
+"""A run whose 99th percentile of send lag is above both, the milliseconds and the share of the shortest budget, says
+nothing about the server. What is below is in the server's time, since that counts from when a request was due."""
 REFUSALS = (422, 429, 503)
 WHOLE = ("stop", "length", "tool_calls", "content_filter")
 
@@ -73,6 +74,12 @@ def is_right(record: Record) -> bool | None:
     return record.text.strip() == record.offer.expect.strip()
 
 
+def lag_limit_ms(mix: Mix) -> float:
+    """The send lag that makes a run void."""
+    budgets = [budget for kind in mix.classes for budget in (kind.budget_ms, kind.ttft_ms) if budget is not None]
+    return max(VOID_LAG_MS, VOID_LAG_SHARE * min(budgets, default=0.0))
+
+
 def summarize_load(run: Run, mix: Mix) -> dict[str, Any]:
     """The report: all requests together, every class, and whether the run is void."""
     kinds = {kind.name: kind for kind in mix.classes}
@@ -84,7 +91,7 @@ def summarize_load(run: Run, mix: Mix) -> dict[str, Any]:
         "elapsed_s": seconds,
         "offered_per_s": _offered_rate(run.records),
         "send_lag_ms": lag,
-        "void": lag is None or lag["p99"] > VOID_LAG_MS,
+        "void": lag is None or lag["p99"] > lag_limit_ms(mix),
         **_summary(run.records, kinds),
         "classes": {},
     }

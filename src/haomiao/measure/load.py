@@ -74,8 +74,8 @@ class Dialect(Protocol):
         """The request's body, but for the model's name."""
         ...
 
-    def finished(self, kind: RequestClass) -> None:
-        """A request that `ready` let pass has ended."""
+    def finished(self, kind: RequestClass, hung_up: bool = False) -> None:
+        """A request that `ready` let pass has ended; `hung_up`: because the client did not wait for its end."""
         ...
 
 
@@ -102,7 +102,7 @@ class OpenAI:
             body["structured_outputs"] = {"choice": list(kind.options)}
         return body | kind.body
 
-    def finished(self, kind: RequestClass) -> None:
+    def finished(self, kind: RequestClass, hung_up: bool = False) -> None:
         """Nothing was held."""
 
 
@@ -197,6 +197,7 @@ class Load:
             record.status, record.code = 429, "proxy_refused"
             return record
         let_pass_ns = time.monotonic_ns()
+        hung_up = True
         try:
             body = msgspec.json.encode({"model": self._model} | self._dialect.body(offer, kind, left_ms()))
             path = "/v1/chat/completions" if kind.endpoint == "chat" else "/v1/completions"
@@ -204,8 +205,9 @@ class Load:
             if kind.budget_ms is not None and self._patience is not None:
                 wait_s = max(0.001, (self._patience * kind.budget_ms - kind.budget_ms + (left_ms() or 0.0)) / 1e3)
             response = await self._client.request("POST", path, body, timeout_s=wait_s)
+            hung_up = response.error == "gave up"
         finally:
-            self._dialect.finished(kind)
+            self._dialect.finished(kind, hung_up)
         fill_record(record, response, start_ns)
         if response.sent_ns:
             record.lag_ms += (response.sent_ns - let_pass_ns) / 1e6

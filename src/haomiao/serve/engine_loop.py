@@ -177,6 +177,7 @@ class EngineLoop:
             return
         counters = self._llm.cost.counters()
         found = {"predicted_steps": float(counters["steps"]), "predicted_steps_inside": float(counters["inside"])}
+        found["stated_coverage"] = self._llm.cost.coverage
         monitor = self._llm.monitor
         found["monitor_skipped"] = float(monitor.skipped)
         for name, (kl, top1, samples) in monitor.means().items():

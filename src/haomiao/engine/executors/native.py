@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from haomiao import _core
+from haomiao.engine.executors.crew import Crew
 from haomiao.errors import HaomiaoError, InputError, ModelError, UnavailableError, UnsupportedModelError
 from haomiao.kernels.isa import available, selected
 from haomiao.kernels.packed import ENCODINGS, PackedTensor
@@ -27,10 +28,11 @@ class NativeExecutor:
 
     `tensors` and `vectors` hold the plan's weights by name; they may be views of a mapped file and stay referenced.
     `points` must be switchable (one family). `threads` defaults to the physical cores that affinity mask and cgroup
-    quota permit. The calling thread works as thread 0: it is pinned during a step and free again afterwards, unless
-    `pin` is False. A step holds at most `max_step_tokens` tokens. Raises `ModelError` for a plan or weights that
-    contradict themselves, `UnsupportedModelError` for operations that do not exist here, `InputError` for options,
-    `UnavailableError` if the memory or the instruction set is not there.
+    quota permit; a step is computed by fewer where that is quicker, unless `crew` is False (engine/executors/crew.py).
+    The calling thread works as thread 0: it is pinned during a step and free again afterwards, unless `pin` is False. A
+    step holds at most `max_step_tokens` tokens. Raises `ModelError` for a plan or weights that contradict themselves,
+    `UnsupportedModelError` for operations that do not exist here, `InputError` for options, `UnavailableError` if the
+    memory or the instruction set is not there.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class NativeExecutor:
         threads: int | None = None,
         isa: str | None = None,
         pin: bool = True,
+        crew: bool = True,
     ) -> None:
         specs = [_point(name) for name in points]
         if len({spec.family for spec in specs}) != 1:
@@ -80,6 +83,7 @@ class NativeExecutor:
         self._runner: _core.Runner | None = runner
         self.threads: int = runner.threads
         self.isa: str = runner.isa
+        self._crew = Crew(self.threads) if crew and self.threads > 1 else None
         self.max_context: int = runner.max_context
         self.kv_bytes_per_block: int = runner.kv_bytes_per_block
         self._logits = np.empty((0, self.vocab_size), np.float32)
@@ -103,10 +107,14 @@ class NativeExecutor:
         if greedy is not None and (greedy.dtype != np.bool_ or greedy.shape != rows.shape):
             raise InputError("greedy must be a bool array with an element for each logit row", param="greedy")
         copies = None if batch.copies is None else _int32("copies", batch.copies, 2)
+        if self._crew is not None:
+            runner.active = self._crew.choose(batch.point, len(batch.token_ids), runner.crowded)
         try:
             elapsed = runner.step(self.points.index(batch.point), *arrays, rows, greedy, copies, logits, argmax)
         except ValueError as error:
             raise InputError(f"step: {error}") from None
+        if self._crew is not None:
+            self._crew.observe(batch.point, len(batch.token_ids), runner.active, elapsed)
         return StepResult(logits, argmax, elapsed)
 
     def copy_blocks(self, pairs: I32) -> None:
