@@ -247,6 +247,29 @@ def test_budgets(llm: LLM) -> None:
         llm.choose("a", ["b"], ttft_ms=3)
 
 
+def test_embed(llm: LLM) -> None:
+    one = llm.embed("the sea")
+    assert one.vector.shape == (64,) and one.vector.dtype == np.float32
+    assert float(np.square(one.vector).sum()) == pytest.approx(1.0, abs=1e-5)
+    assert one.token_ids[0] == BOS and one.receipt.prompt_tokens == len(one.token_ids)
+    again, other = llm.embed([one.token_ids, [1, 2, 3]])
+    np.testing.assert_array_equal(again.vector, one.vector)
+    assert float(other.vector @ one.vector) < 0.999
+    (plain,) = llm.embed(["the sea"], normalize=False, budget_ms=60_000)
+    np.testing.assert_allclose(plain.vector / np.linalg.norm(plain.vector), one.vector, atol=1e-6)
+    assert plain.receipt.outcome in ("met", "met_lower_point")
+    assert EOS not in llm.embed("a</s>").token_ids, "special tokens are text"
+    with pytest.raises(InputError, match="not a parameter of an embedding"):
+        llm.embed("x", temperature=1.0)
+    with pytest.raises(InputError, match="text must be text"):
+        llm.embed(None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="empty"):
+        llm.embed([])
+    with pytest.raises(ContextLengthError):
+        llm.embed([1] * 300)
+    assert llm.embed(np.array([1, 2, 3])).token_ids == [1, 2, 3]
+
+
 def test_choose(llm: LLM) -> None:
     options = ["alpha", "beta", "be", "gamma ray"]
     choice = llm.choose("It is ", options)

@@ -107,7 +107,8 @@ struct BoundRunner {
   }
 
   int64_t step(int64_t point, Ints token_ids, Ints span_starts, Ints past, IntTable block_tables, Ints logit_rows,
-               std::optional<Flags> greedy, std::optional<IntTable> copies, OutFloats logits, OutInts argmax) {
+               std::optional<Flags> greedy, std::optional<IntTable> copies, OutFloats logits, OutInts argmax,
+               std::optional<Ints> hidden_rows, std::optional<OutFloats> hidden) {
     const Batch batch = {token_ids.data(),
                          static_cast<int64_t>(token_ids.size()),
                          span_starts.data(),
@@ -121,18 +122,24 @@ struct BoundRunner {
                          static_cast<int64_t>(logit_rows.size()),
                          greedy ? greedy->data() : nullptr,
                          copies ? copies->data() : nullptr,
-                         copies ? static_cast<int64_t>(copies->shape(0)) : 0};
+                         copies ? static_cast<int64_t>(copies->shape(0)) : 0,
+                         hidden_rows ? hidden_rows->data() : nullptr,
+                         hidden_rows ? static_cast<int64_t>(hidden_rows->size()) : 0};
     if (logits.shape(0) != logit_rows.size() || logits.shape(1) != static_cast<size_t>(vocab_size) ||
         argmax.size() != logit_rows.size()) {
       refuse("logits must be [rows, vocab] and argmax [rows]");
     }
     if (greedy && greedy->size() != logit_rows.size()) refuse("greedy must be [rows]");
     if (copies && copies->shape(1) != 2) refuse("copies must be [n, 2]");
+    if (batch.hidden_count && !(hidden && hidden->shape(0) == hidden_rows->size() &&
+                                hidden->shape(1) == static_cast<size_t>(runner->hidden_size()))) {
+      refuse("hidden must be [hidden rows, hidden size]");
+    }
     int64_t elapsed = 0;
     std::string wrong;
     {
       nb::gil_scoped_release release;
-      wrong = runner->step(point, batch, logits.data(), argmax.data(), &elapsed);
+      wrong = runner->step(point, batch, logits.data(), argmax.data(), &elapsed, hidden ? hidden->data() : nullptr);
     }
     if (!wrong.empty()) refuse(wrong);
     return elapsed;
@@ -205,7 +212,8 @@ void bind_runtime(nb::module_& m) {
       .def("step", &BoundRunner::step, "point"_a, nb::arg("token_ids").noconvert(), nb::arg("span_starts").noconvert(),
            nb::arg("past").noconvert(), nb::arg("block_tables").noconvert(), nb::arg("logit_rows").noconvert(),
            nb::arg("greedy").noconvert().none(), nb::arg("copies").noconvert().none(), nb::arg("logits").noconvert(),
-           nb::arg("argmax").noconvert())
+           nb::arg("argmax").noconvert(), nb::arg("hidden_rows").noconvert() = nb::none(),
+           nb::arg("hidden").noconvert() = nb::none())
       .def("copy_blocks", &BoundRunner::copy_blocks, nb::arg("pairs").noconvert())
       .def(
           "profile", [](BoundRunner& r, bool on) { r.runner->profile(on); }, "on"_a)
@@ -218,6 +226,7 @@ void bind_runtime(nb::module_& m) {
       .def_prop_ro("crowded", [](const BoundRunner& r) { return r.runner->crowded(); })
       .def_prop_ro("isa", [](const BoundRunner& r) { return std::string(r.runner->isa()); })
       .def_prop_ro("max_context", [](const BoundRunner& r) { return r.runner->max_context(); })
+      .def_prop_ro("hidden_size", [](const BoundRunner& r) { return r.runner->hidden_size(); })
       .def_prop_ro("kv_bytes_per_block", [](const BoundRunner& r) { return r.runner->kv_bytes_per_block(); })
       .def_prop_ro("buffer_bytes", [](const BoundRunner& r) { return r.runner->buffer_bytes(); });
   m.def(

@@ -32,15 +32,23 @@ std::string BatchCheck::operator()(const Batch& batch) {
   for (int64_t s = 0; s + 1 < batch.span_count; ++s) {
     if (batch.span_starts[s + 1] <= batch.span_starts[s]) return "span_starts must ascend";
   }
-  for (int64_t r = 0; r < batch.rows; ++r) {
-    if (batch.logit_rows[r] < 0 || batch.logit_rows[r] >= batch.tokens) return "a logit row is outside the step";
-    if (r > 0 && batch.logit_rows[r] <= batch.logit_rows[r - 1]) return "logit_rows must ascend";
+  if (std::string wrong = check_rows("logit", batch.logit_rows, batch.rows, batch.tokens); !wrong.empty()) return wrong;
+  if (std::string wrong = check_rows("hidden", batch.hidden_rows, batch.hidden_count, batch.tokens); !wrong.empty()) {
+    return wrong;
   }
   ++step_;
   for (int s = 0; s < batch.sequences(); ++s) {
     if (std::string wrong = check_blocks(batch, s); !wrong.empty()) return wrong;
   }
   return check_copies(batch);
+}
+
+std::string BatchCheck::check_rows(const char* what, const int32_t* rows, int64_t count, int64_t tokens) {
+  for (int64_t r = 0; r < count; ++r) {
+    if (rows[r] < 0 || rows[r] >= tokens) return std::string("a ") + what + " row is outside the step";
+    if (r > 0 && rows[r] <= rows[r - 1]) return std::string(what) + "_rows must ascend";
+  }
+  return {};
 }
 
 bool BatchCheck::written(int32_t block, uint32_t mask) {

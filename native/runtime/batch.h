@@ -22,6 +22,8 @@ struct Batch {
   const bool* greedy;  // [rows] true where only the argmax is wanted, or nullptr: every row is wanted whole
   const int32_t* copies = nullptr;  // [copy_count][2] (token, KV block), ascending by token: K and V go there as well
   int64_t copy_count = 0;
+  const int32_t* hidden_rows = nullptr;  // [hidden_count] rows whose final hidden states are wanted, ascending
+  int64_t hidden_count = 0;
 
   int sequences() const { return static_cast<int>(past_count); }
   int length(int sequence) const { return span_starts[sequence + 1] - span_starts[sequence]; }
@@ -40,6 +42,7 @@ class BatchCheck {
   std::string operator()(const Batch& batch);
 
  private:
+  static std::string check_rows(const char* what, const int32_t* rows, int64_t count, int64_t tokens);
   std::string check_blocks(const Batch& batch, int sequence);
   std::string check_copies(const Batch& batch);
   bool written(int32_t block, uint32_t mask);  // true if one of the slots was written in this step; now they all are

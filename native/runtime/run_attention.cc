@@ -25,7 +25,8 @@ void Runner::plan_items() {
     add_tiles(whole_, s, batch_.span_starts[s], batch_.length(s), batch_.span_starts[s]);
   }
   divide_tiles(whole_);
-  short_tail_ = last_attention_ < phases_.size() && batch_.rows < batch_.tokens;
+  // hidden states are wanted of nearly every token of a step or of none, and the rows of logits need not be among them
+  short_tail_ = last_attention_ < phases_.size() && batch_.rows < batch_.tokens && !batch_.hidden_count;
   if (short_tail_) plan_tail();
 }
 

@@ -3,6 +3,7 @@
 // the full head's argmax to the bit, the lowest id among equals.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "runtime/runner.h"
 #include "runtime/runner_limits.h"
@@ -13,6 +14,7 @@ void Runner::run(const LogitsPhase& phase, size_t index, int thread) {
   const HeadOp& op = phase.head;
   const Weight& w = weight(op.weight);
   const int rows = static_cast<int>(batch_.rows), vocab = plan_.vocab_size;
+  write_hidden(phase, thread);
   if (rows == 0) return;
   const RowSource source = {phase.normed_by == kNone ? op.source : phase.norm_source, phase.normed_by,
                             is_tail(index) ? nullptr : batch_.logit_rows};
@@ -37,6 +39,21 @@ void Runner::run(const LogitsPhase& phase, size_t index, int thread) {
     }
   };
   work_off(index, thread, w, 0, 1, kHeadTiles, stretches, work);
+}
+
+// This thread's share of the rows whose hidden states are wanted, normed if the head's are.
+void Runner::write_hidden(const LogitsPhase& phase, int thread) const {
+  const int width = hidden_size();
+  const Share mine = share(static_cast<int>(batch_.hidden_count), 1, thread);
+  for (int r = mine.begin; r < mine.end; ++r) {
+    float* out = hidden_ + int64_t{r} * width;
+    const int token = batch_.hidden_rows[r];
+    if (phase.normed_by == kNone) {
+      std::memcpy(out, row(phase.head.source, token), sizeof(float) * static_cast<size_t>(width));
+    } else {
+      norm_row(std::get<NormOp>(plan_.ops[static_cast<size_t>(phase.normed_by)]), row(phase.norm_source, token), out);
+    }
+  }
 }
 
 void Runner::take_best(const Thread& memory, int row, float value, int at) const {

@@ -249,7 +249,13 @@ Runner::Share Runner::share_tiles(const Weight& weight, int first, int unit, int
   return {cut(thread), cut(thread + 1)};
 }
 
-std::string Runner::step(int64_t point, const Batch& batch, float* logits, int32_t* argmax, int64_t* elapsed_ns) {
+// The plan ends with its head.
+int Runner::hidden_size() const {
+  return plan_.buffers[static_cast<size_t>(std::get<HeadOp>(plan_.ops.back()).source)].width;
+}
+
+std::string Runner::step(int64_t point, const Batch& batch, float* logits, int32_t* argmax, int64_t* elapsed_ns,
+                         float* hidden) {
   const int64_t began = now_ns();
   if (stepping_.exchange(true)) return "another thread is inside this executor";
   struct Leave {
@@ -258,7 +264,7 @@ std::string Runner::step(int64_t point, const Batch& batch, float* logits, int32
   } leave{stepping_};
   if (point < 0 || point >= static_cast<int64_t>(points_.size())) return "the point is not one of this executor's";
   if (std::string wrong = check_(batch); !wrong.empty()) return wrong;
-  begin_step(points_[static_cast<size_t>(point)], batch, logits);
+  begin_step(points_[static_cast<size_t>(point)], batch, logits, hidden);
   pool_.run(run_job, this);
   choose_argmax(argmax);
   end_screening();
@@ -266,10 +272,11 @@ std::string Runner::step(int64_t point, const Batch& batch, float* logits, int32
   return {};
 }
 
-void Runner::begin_step(const PointSpec& point, const Batch& batch, float* logits) {
+void Runner::begin_step(const PointSpec& point, const Batch& batch, float* logits, float* hidden) {
   batch_ = batch;
   point_ = &point;
   logits_ = logits;
+  hidden_ = hidden;
   for (int s = 0; s < batch.sequences(); ++s) {
     for (int t = batch.span_starts[s]; t < batch.span_starts[s + 1]; ++t) {
       sequence_of_[static_cast<size_t>(t)] = s;

@@ -40,8 +40,10 @@ class Runner {
   Runner(Plan plan, const KernelTable& kernels, const RunnerOptions& options, std::vector<PointSpec> points);
 
   // One line that says what is wrong with the batch (nothing was done), or the empty string. logits is
-  // [rows, vocab_size], argmax [rows]; logits of greedy rows may be left as they were.
-  std::string step(int64_t point, const Batch& batch, float* logits, int32_t* argmax, int64_t* elapsed_ns);
+  // [rows, vocab_size], argmax [rows]; logits of greedy rows may be left as they were. hidden is [hidden_count,
+  // hidden_size()]: what the head is multiplied with.
+  std::string step(int64_t point, const Batch& batch, float* logits, int32_t* argmax, int64_t* elapsed_ns,
+                   float* hidden = nullptr);
 
   // pairs is [count][2]: (from, to). As step().
   std::string copy_blocks(const int32_t* pairs, int64_t count);
@@ -54,6 +56,7 @@ class Runner {
   const char* isa() const { return kernels_.isa; }
   int64_t kv_bytes_per_block() const { return kv_bytes_per_block_; }
   int64_t max_context() const { return plan_.max_context; }
+  int hidden_size() const;
   int64_t buffer_bytes() const { return static_cast<int64_t>(arena_.bytes()); }
 
   // The share of the head's (row, tile) pairs that the last step computed with both planes after screening; negative if
@@ -110,7 +113,7 @@ class Runner {
   void find_tail();
   void reserve_memory();
   void reserve_sketch(const Weight& head);
-  void begin_step(const PointSpec& point, const Batch& batch, float* logits);
+  void begin_step(const PointSpec& point, const Batch& batch, float* logits, float* hidden);
   void choose_argmax(int32_t* argmax) const;
 
   static void run_job(void* runner, int thread);
@@ -137,6 +140,7 @@ class Runner {
   void finish(const LinearPhase& phase, int first_token, int tokens, int first_row, int rows, const float* y,
               int64_t stride);
   // run_head.cc
+  void write_hidden(const LogitsPhase& phase, int thread) const;
   void plan_screening();
   void end_screening();
   // Numbers beat NaN, a greater one the smaller, the lower id its equals; kNone is beaten by all.
@@ -245,7 +249,7 @@ class Runner {
   // This step's.
   Batch batch_{};
   const PointSpec* point_ = nullptr;
-  float* logits_ = nullptr;
+  float *logits_ = nullptr, *hidden_ = nullptr;
   std::vector<int32_t> sequence_of_;  // [max tokens]
   std::vector<int64_t> positions_;    // [max tokens]
   std::vector<int64_t> copies_from_;  // [max tokens + 1] the first copy of each token, if the step has any

@@ -110,9 +110,9 @@ std::vector<PointSpec> points() {
           {"int4", true, Planes::hi, Planes::both, Activation::bf16}};
 }
 
-// Logits of every token of one sequence beside `company` tokens of another, `cut` tokens a step.
+// Logits, then hidden states, of every token of one sequence beside `company` tokens of another, `cut` tokens a step.
 std::vector<float> logits_of(Runner& runner, int tokens, int cut, int company, int64_t point) {
-  std::vector<float> all;
+  std::vector<float> all, states;
   for (int first = 0; first < tokens; first += cut) {
     const int n = std::min(cut, tokens - first);
     std::vector<int32_t> ids, past, starts = {0}, rows, tables(64, -1);
@@ -154,8 +154,17 @@ std::vector<float> logits_of(Runner& runner, int tokens, int cut, int company, i
     CHECK(runner.step(point, again, logits.data(), screened.data(), &ns).empty());
     CHECK(screened == argmax);
     CHECK(runner.step(point, batch, logits.data(), argmax.data(), &ns).empty());
+    Batch pooled = batch;  // of every token, beside the logits of the last one
+    pooled.logit_rows = rows.data() + n - 1, pooled.rows = 1;
+    pooled.hidden_rows = rows.data(), pooled.hidden_count = n;
+    std::vector<float> hidden(static_cast<size_t>(n) * kHidden), last(kVocab);
+    CHECK(runner.hidden_size() == kHidden);
+    CHECK(runner.step(point, pooled, last.data(), argmax.data(), &ns, hidden.data()).empty());
+    CHECK(std::memcmp(last.data(), logits.data() + int64_t{n - 1} * kVocab, kVocab * sizeof(float)) == 0);
     all.insert(all.end(), logits.begin(), logits.end());
+    states.insert(states.end(), hidden.begin(), hidden.end());
   }
+  all.insert(all.end(), states.begin(), states.end());
   return all;
 }
 
@@ -214,7 +223,8 @@ void test_random_batches() {
       for (size_t s = 0; s < starts.size(); ++s) starts[s] = static_cast<int32_t>(s);
       ids.resize(past.size(), 3);
     }
-    std::vector<float> logits(rows.size() * kVocab + 1);
+    auto wanted = fill(rng() % 3);
+    std::vector<float> logits(rows.size() * kVocab + 1), hidden(wanted.size() * kHidden + 1);
     std::vector<int32_t> argmax(rows.size() + 1);
     int64_t ns = 0;
     const Batch batch = {ids.data(),
@@ -228,8 +238,12 @@ void test_random_batches() {
                          2,
                          rows.data(),
                          static_cast<int64_t>(rows.size()),
-                         nullptr};
-    accepted += runner.step(pick({0, 1}), batch, logits.data(), argmax.data(), &ns).empty();
+                         nullptr,
+                         nullptr,
+                         0,
+                         wanted.data(),
+                         static_cast<int64_t>(wanted.size())};
+    accepted += runner.step(pick({0, 1}), batch, logits.data(), argmax.data(), &ns, hidden.data()).empty();
   }
   CHECK(accepted > 10 && accepted < 2000);
   CHECK(!runner.step(2, {}, nullptr, nullptr, nullptr).empty());

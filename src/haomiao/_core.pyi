@@ -135,6 +135,7 @@ class Runner:
     crowded: bool
     isa: str
     max_context: int
+    hidden_size: int
     kv_bytes_per_block: int
     buffer_bytes: int
     rescored: float
@@ -161,6 +162,8 @@ class Runner:
         copies: npt.NDArray[Any] | None,
         logits: npt.NDArray[Any],
         argmax: npt.NDArray[Any],
+        hidden_rows: npt.NDArray[Any] | None = None,
+        hidden: npt.NDArray[Any] | None = None,
     ) -> int: ...
     def copy_blocks(self, pairs: npt.NDArray[Any]) -> None: ...
     def profile(self, on: bool) -> None: ...

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 F32: TypeAlias = npt.NDArray[np.float32]
+F64: TypeAlias = npt.NDArray[np.float64]
 I32: TypeAlias = npt.NDArray[np.int32]
 U8: TypeAlias = npt.NDArray[np.uint8]
 B8: TypeAlias = npt.NDArray[np.bool_]
@@ -81,6 +82,9 @@ class StepBatch:
     copies: I32 | None = None
     """[copies, 2] (index into token_ids, KV block), ascending by token: K and V of the token go into that block too, at
     the same place. So a span may go on from another of the same step with a copy of its last block. None: none."""
+    hidden_rows: I32 | None = None
+    """[hidden rows] indexes into token_ids whose final hidden states are wanted, ascending; they may be those of
+    `logit_rows` or others. None: none."""
 
     @property
     def tokens(self) -> int:
@@ -95,6 +99,9 @@ class StepResult:
     logits: F32  # [rows, vocab]
     argmax: I32  # [rows] the lowest token id among the greatest logits
     elapsed_ns: int
+    hidden: F32 | None = None
+    """[hidden rows, hidden_size] what the vocabulary head is multiplied with, after the final norm: of
+    `hidden_rows`, in their order, depending on the token and what is before it alone; None if none were wanted."""
 
 
 @runtime_checkable
@@ -102,6 +109,7 @@ class Executor(Protocol):
     """Runs a plan, one whole step per call. Everything above it is the same for every device."""
 
     vocab_size: int
+    hidden_size: int
     max_step_tokens: int
     kv_blocks: int
     kv_bytes_per_block: int

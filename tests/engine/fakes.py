@@ -24,6 +24,7 @@ class FakeExecutor:
     """`types.Executor` over integers: one K/V entry is (token, position, point)."""
 
     kv_type: KvType = "f32"
+    hidden_size = 5
     kv_bytes_per_block = 1000
 
     def __init__(
@@ -84,7 +85,14 @@ class FakeExecutor:
         argmax = logits.argmax(axis=1).astype(np.int32)
         if batch.greedy is not None:
             logits[batch.greedy] = np.nan  # nobody may look at them
-        return StepResult(logits, argmax, self.step_ns)
+        hidden = None
+        if batch.hidden_rows is not None:
+            hidden = np.stack([self.hidden_of(histories[int(row)]) for row in batch.hidden_rows])
+        return StepResult(logits, argmax, self.step_ns, hidden)
+
+    def hidden_of(self, history: np.ndarray) -> np.ndarray:
+        """A final hidden state after a history, as `logits_of`."""
+        return self.logits_of(history)[: self.hidden_size]
 
     def logits_of(self, history: np.ndarray) -> np.ndarray:
         """Logits [vocab] after a history int64 [tokens, 2] of (token, point)."""

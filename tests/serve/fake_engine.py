@@ -1,7 +1,7 @@
 """An engine process that computes nothing: it answers with numbered words, and does what a test tells it to.
 
 Options (`Settings.options`): `pause` seconds a token; `hang_at`, `crash_at` the token at which it stops or dies, in a
-request whose seed is 666; `files` a directory with tokenizer files (default: the embedded model's).
+request whose seed is 666; `files` a directory with tokenizer files (default: the embedded model's); `hidden_size`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import haomiao
 from haomiao.serve import messages
@@ -63,6 +65,7 @@ class FakeEngine:
                     kv="bf16",
                     kv_blocks=100,
                     max_request_tokens=100_000,
+                    hidden_size=message.options.get("hidden_size", 4),
                 )
             )
             threading.Thread(target=self.pulse, daemon=True).start()
@@ -107,6 +110,7 @@ class FakeEngine:
             completion_tokens=wanted,
             schedule=[ScheduleEntry("int8", wanted, wanted)],
         )
+        embedding = np.array([3.0, 4.0, 0.0, submit.token_ids[0]], "<f4").tobytes() if submit.token_ids else None
         scores = [-float(index) for index, _ in enumerate(submit.options)] or None
         for sample in range(submit.sampling.n if submit.work == "generate" else 1):
             self.send(
@@ -117,6 +121,7 @@ class FakeEngine:
                     finish_detail=detail,  # type: ignore[arg-type]
                     receipt=receipt,
                     scores=scores,
+                    embedding=embedding if submit.work == "embed" else None,
                 )
             )
         self._busy -= 1

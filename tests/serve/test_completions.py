@@ -120,9 +120,3 @@ def test_tokenize_and_back(live: Running) -> None:
     assert live.http.post("/detokenize", json={"tokens": tokens["tokens"]}).json()["prompt"].strip() == text
     chat = live.http.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]})
     assert chat.json()["count"] > 1
-
-
-def test_embeddings_are_refused_in_one_line(live: Running) -> None:
-    response = live.http.post("/v1/embeddings", json={"input": "hello"})
-    assert response.status_code == 501
-    assert "\n" not in response.json()["error"]["message"]

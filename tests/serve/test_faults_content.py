@@ -54,6 +54,7 @@ def test_19_impossible_even_idle(live: Running) -> None:
             assert response.status_code in (422, 504), response.text
             assert response.json()["error"]["code"] in ("budget_infeasible", "budget_exhausted")
             assert response.headers["x-should-retry"] == "false"
+        refusal(live.chat(ttft_ms=0.0001), 422, code="budget_infeasible", param="ttft_ms")
 
 
 def test_20_budget_ends_mid_stream(live: Running) -> None:

@@ -75,6 +75,20 @@ def test_completions(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in streamed)
 
 
+def test_embeddings(client: openai.OpenAI) -> None:
+    """The client asks for base64 unless told otherwise, and decodes it."""
+    found = client.embeddings.create(model=MODEL, input=["hello there", "the sea"])
+    assert [each.index for each in found.data] == [0, 1] and found.usage.total_tokens == found.usage.prompt_tokens > 2
+    plain = client.embeddings.create(
+        model=MODEL, input="the sea", encoding_format="float", extra_body={"budget_ms": 30_000}
+    )
+    assert plain.data[0].embedding == pytest.approx(found.data[1].embedding, abs=1e-7)
+    assert sum(value * value for value in plain.data[0].embedding) == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(openai.BadRequestError) as cut:
+        client.embeddings.create(model=MODEL, input="x", dimensions=7)
+    assert cut.value.param == "dimensions"
+
+
 def test_responses(client: openai.OpenAI) -> None:
     answer = client.responses.create(model=MODEL, input="hello", instructions="Be brief.", max_output_tokens=6)
     assert answer.output_text and answer.usage is not None

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from starlette.websockets import WebSocketState
 from websockets.exceptions import InvalidStatus
 
+from haomiao.serve import realtime_events as events
+from haomiao.serve.realtime import Socket
+from haomiao.serve.service import Service
+from haomiao.serve.settings import Settings
 from tests.serve.conftest import Running
 from tests.serve.realtime_client import Client, message, session, text_of
 
@@ -207,3 +215,24 @@ def test_keys_and_sessions_do_not_share_prefixes(start: Callable[..., Running]) 
             cached.append(next(e["haomiao"]["cached_tokens"] for e in client.heard if "computed" in e["type"]))
     assert cached[1] == 0
     assert cached[2] > 0
+
+
+@pytest.mark.parametrize("turns", [0, 1, 3])
+def test_an_answer_whose_task_never_began_is_not_counted_for_ever(turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection ends in the moment in which an answer was asked for: its task is cancelled before it begins."""
+
+    monkeypatch.setattr(Service, "max_kl", None)  # it asks the model, of which there is none here
+
+    async def ended_at_once() -> int:
+        service = Service(Settings())
+        websocket: Any = SimpleNamespace(scope={"state": {}}, application_state=WebSocketState.DISCONNECTED)
+        socket = Socket(websocket, service, "m")
+        await socket._response_create(events.ResponseCreate(), 0)
+        assert service.in_flight == 1
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await socket.end()
+        service.prompts.close()
+        return service.in_flight
+
+    assert asyncio.run(ended_at_once()) == 0

@@ -6,7 +6,7 @@ print(llm.generate("The sea is", max_tokens=20).text)
 
 from __future__ import annotations
 
-from haomiao.api.answers import AnswerStream, Choice, Chunk, Completion
+from haomiao.api.answers import AnswerStream, Choice, Chunk, Completion, Embedding
 from haomiao.api.llm import LLM
 from haomiao.api.session import Session
 from haomiao.text.tokenizer import Tokenizer
@@ -18,6 +18,7 @@ __all__ = [
     "Choice",
     "Chunk",
     "Completion",
+    "Embedding",
     "Receipt",
     "SamplingParams",
     "Session",

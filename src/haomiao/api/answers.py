@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
+import numpy as np
+
 from haomiao.engine.driver import Ticket
 from haomiao.engine.request import DoneEvent, Event, FinishDetail
-from haomiao.errors import HaomiaoError
-from haomiao.types import FinishReason, Receipt, TokenLogprob
+from haomiao.errors import EngineError, HaomiaoError
+from haomiao.types import F32, FinishReason, Receipt, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -51,6 +53,16 @@ class Choice:
     option: str
     scores: list[float]
     """Natural-log probability of every option and its end, in the order given."""
+    receipt: Receipt
+
+
+@dataclass(slots=True)
+class Embedding:
+    """A text as a point: the mean of the hidden states that stand before the vocabulary head, over its tokens."""
+
+    vector: F32
+    """float32 [hidden], of length 1 unless asked otherwise."""
+    token_ids: list[int]
     receipt: Receipt
 
 
@@ -152,3 +164,22 @@ def completions_of(events: Sequence[Event], samples: int) -> list[Completion]:
                 )
             )
     return sorted(answers, key=lambda answer: answer.index)
+
+
+def end_of(events: Iterable[Event]) -> DoneEvent:
+    """The end of a request that has one and no tokens. Raises its error."""
+    for event in events:
+        if isinstance(event, DoneEvent):
+            if event.error is not None:
+                raise event.error
+            return event
+    raise EngineError("the request ended without a word")
+
+
+def unit(vector: F32) -> F32:
+    """The vector at length 1; one that is all zero stays as it is. Raises `EngineError` if it is not finite."""
+    if not np.isfinite(vector).all():
+        raise EngineError("the model's hidden states are not finite")
+    length = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
+    scaled: F32 = (vector / length).astype(np.float32) if length > 0 else vector
+    return scaled

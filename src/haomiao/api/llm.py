@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from haomiao.api.answers import AnswerStream, Choice, Completion, completions_of
+from haomiao.api.answers import AnswerStream, Choice, Completion, Embedding, completions_of, end_of, unit
 from haomiao.api.opened import Beside, end_ids, load_tokenizer, measured_errors, points_of_throttle
 from haomiao.api.requests import ChatPrompts, RequestMaker, token_ids
 from haomiao.engine.driver import Driver
@@ -268,6 +268,32 @@ class LLM:
         prompt_ids, option_ids = self._requests.options_of(prompt, options)
         return self._choose(prompt_ids, option_ids, options, normalize=normalize, point=point, **fields)
 
+    def embed(
+        self,
+        text: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        normalize: bool = True,
+        point: str | None = None,
+        **budget: Any,
+    ) -> Any:
+        """A text (or token ids) as a vector, or several at once: the mean over the tokens of the hidden states that
+        stand before the vocabulary head, at length 1 unless `normalize` is False. `budget_ms`, `on_budget`, `min_point`
+        and `max_kl` as in `generate`. Vectors of one collection should be computed at one `point`.
+
+        Returns an `Embedding`, a list of them for a list of texts. Raises `UnavailableError` if the executor returns no
+        hidden states.
+        """
+        several = isinstance(text, (list, tuple)) and bool(text) and not isinstance(text[0], int)
+        texts: Sequence[Any] = text if several else [text]
+        requests = [self._requests.embedding(each, point, budget) for each in texts]
+        found = []
+        for done, request in zip(self._ends(requests), requests, strict=True):
+            if done.embedding is None:
+                raise EngineError("the engine returned no embedding")
+            vector = unit(done.embedding) if normalize else done.embedding
+            found.append(Embedding(vector, list(request.prompt_ids), done.receipt))
+        return found if several else found[0]
+
     def logits(self, ids: Sequence[int], *, point: str | None = None) -> F32:
         """Logits float32 [tokens, vocab] of a sequence: row `i` predicts token `i + 1`. Needs no tokenizer."""
         done = self._done(EngineRequest(token_ids("token_ids", ids), work="logits", point=point))
@@ -339,17 +365,20 @@ class LLM:
         return AnswerStream(self._driver.submit(request))
 
     def _done(self, request: EngineRequest) -> DoneEvent:
-        """Run a request that has one end and no tokens. Raises its error."""
-        ticket = self._driver.submit(request)
+        """The end of a request that has one and no tokens. Raises its error."""
+        (done,) = self._ends([request])
+        return done
+
+    def _ends(self, requests: Sequence[EngineRequest]) -> list[DoneEvent]:
+        """The same for several that are served together. All end if one fails."""
+        tickets = []
         try:
-            for event in _events(ticket.wait):
-                if isinstance(event, DoneEvent):
-                    if event.error is not None:
-                        raise event.error
-                    return event
+            for request in requests:
+                tickets.append(self._driver.submit(request))
+            return [end_of(_events(ticket.wait)) for ticket in tickets]
         finally:
-            ticket.cancel()
-        raise EngineError("the request ended without a word")
+            for ticket in tickets:
+                ticket.cancel()
 
     def _choose(
         self,

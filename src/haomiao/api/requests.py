@@ -95,9 +95,21 @@ class RequestMaker:
 
     def budget_of_choice(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """As `budget` for a choice, whose first token is its whole answer. Raises `InputError` for any other name."""
+        return self._whole_budget(options, "a choice")
+
+    def embedding(self, text: str | Sequence[int], point: str | None, budget: Mapping[str, Any]) -> EngineRequest:
+        """A request to embed a text, in which special tokens are text; `budget` as for a choice."""
+        if isinstance(text, str):
+            tokenizer = self.need_tokenizer()
+            ids = [*tokenizer.prefix_ids, *tokenizer.encode_part(text, False)]
+        else:
+            ids = token_ids("text", text)
+        return EngineRequest(ids, work="embed", point=point, **self._whole_budget(budget, "an embedding"))
+
+    def _whole_budget(self, options: Mapping[str, Any], what: str) -> dict[str, Any]:
         for name in options:
             if name not in BUDGETS or name == "ttft_ms":
-                raise InputError(f"{name!r:.60} is not a parameter of a choice", param=str(name)[:60])
+                raise InputError(f"{name!r:.60} is not a parameter of {what}", param=str(name)[:60])
         return self.budget(options)
 
     def sentence_close(self) -> SentenceClose | None:

@@ -12,10 +12,17 @@ from dataclasses import dataclass
 
 from haomiao.engine.cost import Cost
 from haomiao.engine.forecast import NEVER, Finish, Machine, Work, forecast
-from haomiao.engine.request import EngineRequest
+from haomiao.engine.request import WORKS, EngineRequest
 from haomiao.engine.state import blocks_for
 from haomiao.engine.validate import MAX_LOGPROBS, validate
-from haomiao.errors import BudgetError, ContextLengthError, InputError, KvExhaustedError, OverloadError
+from haomiao.errors import (
+    BudgetError,
+    ContextLengthError,
+    InputError,
+    KvExhaustedError,
+    OverloadError,
+    UnavailableError,
+)
 from haomiao.types import KV_BLOCK_TOKENS, POINTS
 
 MAX_OPTIONS = 1024
@@ -29,12 +36,17 @@ class Limits:
     max_context: int
     kv_blocks: int
     points: tuple[str, ...]
+    hidden_size: int = 0
+    """Width of the hidden states that the executor can return; 0 if it cannot."""
 
 
 def check_request(request: EngineRequest, limits: Limits) -> None:
-    """Raise unless an idle engine can serve the request: `InputError`, `ContextLengthError` or `KvExhaustedError`."""
-    if request.work not in ("generate", "prefill", "choose", "logits"):
-        raise InputError(f"work must be generate, prefill, choose or logits, not {request.work!r}", param="work")
+    """Raise unless an idle engine can serve the request: `InputError`, `ContextLengthError`, `KvExhaustedError`, or
+    `UnavailableError` for embeddings where there are no hidden states."""
+    if request.work not in WORKS:
+        raise InputError(f"work must be one of {', '.join(WORKS)}, not {request.work!r:.40}", param="work")
+    if request.work == "embed" and not limits.hidden_size:
+        raise UnavailableError("this model gives no embeddings: its executor returns no hidden states", param="model")
     if request.point is not None and request.point not in limits.points:
         known = ", ".join(limits.points)
         raise InputError(f"this model has the points {known}, not {request.point!r}", param="point")
@@ -136,7 +148,7 @@ def admit(
         needed = _late_by(work, alone[work.key].first_ns, alone[work.key].end_ns)
         raise BudgetError(
             f"{_budget(work)} cannot be kept: even an idle machine needs {needed / 1e6:.1f} ms",
-            param="budget_ms",
+            param="budget_ms" if work.deadline_ns is not None else "ttft_ms",
             predicted_ms=needed / 1e6,
         )
     finish = loaded[work.key]

@@ -21,7 +21,8 @@ from haomiao.types import KV_BLOCK_TOKENS, StepBatch
 
 @dataclass(slots=True)
 class Share:
-    """A sequence's part of a step: `tokens` computed, logits of the last `rows` of them wanted."""
+    """A sequence's part of a step: `tokens` computed, logits of the last `rows` of them wanted, and final hidden states
+    of the last `hidden`."""
 
     sequence: Sequence
     tokens: int
@@ -29,6 +30,7 @@ class Share:
     branches: list[Share] = field(default_factory=list)
     """Sequences that branch off this one within the step; those that compute something follow it among the shares."""
     parent: Share | None = None
+    hidden: int = 0
 
     def take_back(self) -> None:
         """It was not computed after all."""
@@ -41,7 +43,7 @@ class Share:
 
 def reusable(sequence: Sequence) -> int:
     """How many of its first tokens need not be computed: never the last, nor one whose logits are wanted."""
-    wanted = sequence.target - 1
+    wanted = min(sequence.target - 1, sequence.hidden_from)
     return wanted if sequence.rows_from is None else min(wanted, sequence.rows_from)
 
 
@@ -51,6 +53,11 @@ def rows_wanted(sequence: Sequence, tokens: int) -> int:
     if wanted is None:
         return 1 if end >= sequence.target else 0
     return max(0, end - max(sequence.length, wanted))
+
+
+def hidden_wanted(sequence: Sequence, tokens: int) -> int:
+    """Final hidden states wanted if the next `tokens` tokens are computed."""
+    return max(0, sequence.length + tokens - max(sequence.length, sequence.hidden_from))
 
 
 def _rows_from(sequence: Sequence) -> int | None:
@@ -169,6 +176,7 @@ def make_batch(point: str, shares: list[Share]) -> StepBatch:
     starts = [0]
     past: list[int] = []
     rows: list[int] = []
+    hidden: list[int] = []
     greedy: list[bool] = []
     copies: list[tuple[int, int]] = []
     tables = np.full((len(shares), max(len(share.sequence.kv.blocks) for share in shares)), -1, dtype=np.int32)
@@ -178,6 +186,7 @@ def make_batch(point: str, shares: list[Share]) -> StepBatch:
         token_ids += share.sequence.tokens[before : state.length]
         token_ids += share.sequence.draft
         rows += range(len(token_ids) - share.rows, len(token_ids))
+        hidden += range(len(token_ids) - share.hidden, len(token_ids))
         greedy += [share.sequence.argmax_suffices] * share.rows
         starts.append(len(token_ids))
         past.append(before)
@@ -192,6 +201,7 @@ def make_batch(point: str, shares: list[Share]) -> StepBatch:
         point,
         np.array(greedy, dtype=np.bool_),
         np.array(copies, dtype=np.int32) if copies else None,
+        np.array(hidden, dtype=np.int32) if hidden else None,
     )
 
 

@@ -153,6 +153,7 @@ class _Guest:
         self._host = host
         self._blocks = np.array([*blocks, -1], dtype=np.int32)  # -1, an unused entry, stays -1
         self.vocab_size = host.vocab_size
+        self.hidden_size = host.hidden_size
         self.max_step_tokens = host.max_step_tokens
         self.max_logit_rows = int(getattr(host, "max_logit_rows", host.max_step_tokens))
         self.max_sequences = int(getattr(host, "max_sequences", host.max_step_tokens))

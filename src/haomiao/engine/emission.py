@@ -39,15 +39,18 @@ class Emission:
     def emit(self, point: str, shares: list[Share], result: StepResult) -> None:
         """Hand every sequence its logits, and tell what became of it."""
         now = self._clock()
-        row = 0
+        row = state = 0
         for index, share in enumerate(shares):
             sequence, logits, argmax = share.sequence, result.logits, result.argmax
             first, row = row, row + share.rows
+            seen, state = state, state + share.hidden
             if sequence.state is None:
                 continue  # its request failed a moment ago, with another sample
             rows = Rows(sequence.length - share.rows, logits[first:row], argmax[first:row]) if share.rows else None
             try:
                 sequence.account(point, share.tokens)
+                if share.hidden and result.hidden is not None:
+                    sequence.see(sequence.length - share.hidden, result.hidden[seen:state])
                 if share.branches and rows is not None:
                     self._take_in_branches(share, rows)
                 branches = [] if share.branches or share.parent else sequence.branches()

@@ -81,7 +81,8 @@ class Engine:
         self.executor = executor
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self._final_ids = frozenset(final_ids)
-        self.limits = Limits(executor.vocab_size, max_context, executor.kv_blocks, tuple(executor.points))
+        hidden_size = int(getattr(executor, "hidden_size", 0))
+        self.limits = Limits(executor.vocab_size, max_context, executor.kv_blocks, tuple(executor.points), hidden_size)
         self.point = point if point is not None else executor.points[0]
         self.pool = BlockPool(executor.kv_blocks, executor.kv_bytes_per_block, executor.copy_blocks)
         self.model_key = model_key

@@ -12,7 +12,7 @@ from haomiao.engine.account import Letterhead, make_receipt
 from haomiao.engine.generation import Generation
 from haomiao.engine.request import FINISH_REASONS, DoneEvent, Event, FinishDetail, TokenEvent
 from haomiao.engine.roster import Roster
-from haomiao.engine.sequence import Job, Progress, Reading
+from haomiao.engine.sequence import Embedding, Job, Progress, Reading
 from haomiao.engine.sequence import Sequence as Live
 from haomiao.errors import EngineError, HaomiaoError, KvExhaustedError
 from haomiao.types import Observer, Receipt, StepBatch, StepResult
@@ -68,6 +68,7 @@ class Reporter:
                 finish_detail=detail,
                 scores=job.scores if job.request.work == "choose" else None,
                 logits=sequence.logits if isinstance(sequence, Reading) else None,
+                embedding=sequence.mean if isinstance(sequence, Embedding) else None,
                 prompt_logprobs=sequence.prompt_logprobs if isinstance(sequence, Generation) else None,
             )
         )

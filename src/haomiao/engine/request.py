@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from haomiao.errors import HaomiaoError
 from haomiao.types import (
@@ -22,7 +22,8 @@ from haomiao.types import (
     TokenLogprob,
 )
 
-Work: TypeAlias = Literal["generate", "prefill", "choose", "logits"]
+Work: TypeAlias = Literal["generate", "prefill", "choose", "logits", "embed"]
+WORKS: tuple[str, ...] = get_args(Work)
 FinishDetail: TypeAlias = Literal[
     "eos", "stop_token", "stop_string", "max_tokens", "constraint_complete", "budget_exhausted", "done"
 ]
@@ -47,7 +48,8 @@ class EngineRequest:
     prompt_ids: Sequence[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     work: Work = "generate"
-    """`prefill` computes K/V only (for a session); `choose` scores `options`; `logits` returns every row."""
+    """`prefill` computes K/V only (for a session); `choose` scores `options`; `logits` returns every row; `embed` the
+    mean of the final hidden states."""
     options: tuple[tuple[int, ...], ...] = ()
     """Token ids of the options of `choose`."""
     normalize: bool = False
@@ -111,6 +113,8 @@ class DoneEvent:
     """One per option: natural-log probability of the option and its end."""
     logits: F32 | None = None
     """[tokens, vocab]"""
+    embedding: F32 | None = None
+    """[hidden] the mean of the prompt's final hidden states, not normalized."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """For the prompt's tokens from the second on."""
 

@@ -10,14 +10,14 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from haomiao.engine.batch import Share, reusable, rows_wanted, view_of
+from haomiao.engine.batch import Share, hidden_wanted, reusable, rows_wanted, view_of
 from haomiao.engine.choice import ChoicePrompt
 from haomiao.engine.generation import Generation
 from haomiao.engine.held import HeldSequences
 from haomiao.engine.origin import Origin
 from haomiao.engine.prefix import PrefixNames
 from haomiao.engine.scheduler import SequenceView, StepPlan
-from haomiao.engine.sequence import Job, Reading, Sequence
+from haomiao.engine.sequence import Embedding, Job, Reading, Sequence
 from haomiao.engine.state import BlockPool, PagedState
 from haomiao.errors import KvExhaustedError
 from haomiao.types import KV_BLOCK_TOKENS
@@ -124,7 +124,8 @@ class Roster:
     def cached(self, job: Job) -> int:
         """Tokens of a request's prompt that need not be computed, as things are. May be asked from any thread."""
         request = job.request
-        limit = 0 if request.work == "logits" or request.prompt_logprobs is not None else len(request.prompt_ids) - 1
+        whole = request.work in ("logits", "embed") or request.prompt_logprobs is not None
+        limit = 0 if whole else len(request.prompt_ids) - 1
         held = 0
         if request.session is not None:
             held = self.held.peek(request.session, job.points, request.prompt_ids, limit)
@@ -150,7 +151,7 @@ class Roster:
                     sequence.job.cached_tokens = sequence.length
         shares: list[Share] = []
         for sequence, tokens in planned:
-            rows = rows_wanted(sequence, tokens)
+            rows, hidden = rows_wanted(sequence, tokens), hidden_wanted(sequence, tokens)
             try:
                 sequence.kv.append(tokens)
             except KvExhaustedError:
@@ -160,7 +161,7 @@ class Roster:
             if sequence.job.started_ns is None:
                 sequence.job.started_ns = now
             sequence.last_served_ns = now
-            share = Share(sequence, tokens, rows)
+            share = Share(sequence, tokens, rows, hidden=hidden)
             shares.append(share)
             if sequence.key in whole:
                 self._branch(share)
@@ -228,3 +229,5 @@ def open_sequence(job: Job) -> Sequence:
             return ChoicePrompt(job, tokens)
         case "logits":
             return Reading(job, tokens)
+        case "embed":
+            return Embedding(job, tokens)

@@ -19,7 +19,7 @@ from haomiao.engine.prefix import PrefixNames
 from haomiao.engine.request import EngineRequest, FinishDetail
 from haomiao.engine.state import PagedState
 from haomiao.errors import EngineError
-from haomiao.types import F32, I32, ScheduleEntry, TokenLogprob
+from haomiao.types import F32, F64, I32, ScheduleEntry, TokenLogprob
 
 NO_ROWS = 1 << 62
 """A position that is never reached."""
@@ -120,6 +120,8 @@ class Sequence:
         self.schedule: list[ScheduleEntry] = []
         self.rows_from: int | None = NO_ROWS
         """Logits are wanted for every position from here on; None: for the last one before `target`."""
+        self.hidden_from = NO_ROWS
+        """Final hidden states are wanted for every position from here on."""
         self.draft: list[int] = []
         """Tokens that may follow `tokens`, computed with them in the next step. Provisional: K and V of those that do
         not stand are cut off again (engine/speculate)."""
@@ -179,6 +181,9 @@ class Sequence:
         """Take the rows of a step that was just computed (None: there were none for this sequence)."""
         return Progress(detail="done" if self.length >= self.target else None)
 
+    def see(self, first: int, hidden: F32) -> None:
+        """Take final hidden states [rows, hidden] of the positions from `first` on. Called before `consume`."""
+
     def close_early(self) -> Progress | None:
         """End with what there is because time is up; None if there is nothing worth having."""
         return None
@@ -218,3 +223,31 @@ class Reading(Sequence):
             self.logits[rows.first : end] = rows.logits
             self.rows_from = end
         return super().consume(rows)
+
+
+class Embedding(Sequence):
+    """The mean of the final hidden states of the given tokens, float32 [hidden].
+
+    They are added up in float64, position after position, so that the bits do not depend on how the prefill was cut.
+    """
+
+    def __init__(self, job: Job, tokens: list[int]) -> None:
+        super().__init__(job, tokens)
+        self.hidden_from = 0
+        self._sum: F64 | None = None
+
+    @property
+    def publishes(self) -> bool:
+        return False  # every position is computed, so nothing is found in the cache; what others begin with stays there
+
+    @property
+    def mean(self) -> F32 | None:
+        """The mean over the positions seen, None before there are any."""
+        return None if self._sum is None else (self._sum / self.hidden_from).astype(np.float32)
+
+    def see(self, first: int, hidden: F32) -> None:
+        if self._sum is None:
+            self._sum = np.zeros(hidden.shape[1])
+        for row in hidden[self.hidden_from - first :]:
+            self._sum += row
+        self.hidden_from = first + hidden.shape[0]

@@ -14,6 +14,7 @@ from haomiao import __version__
 from haomiao.errors import EngineError, HaomiaoError
 from haomiao.serve.chat import chat_completions
 from haomiao.serve.completions import completions
+from haomiao.serve.embeddings import embeddings
 from haomiao.serve.failures import HttpError, error_response
 from haomiao.serve.guard import Guard
 from haomiao.serve.jsonbody import dump
@@ -21,7 +22,7 @@ from haomiao.serve.realtime import realtime
 from haomiao.serve.responses import responses
 from haomiao.serve.service import Service
 from haomiao.serve.site import page_routes
-from haomiao.serve.texts import detokenize, embeddings, tokenize
+from haomiao.serve.texts import detokenize, tokenize
 
 
 def make_app(service: Service) -> Guard:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from haomiao.engine.request import OnBudget
 from haomiao.errors import InputError
-from haomiao.serve.schemas import Budgeted
+from haomiao.serve.schemas import Budgeted, Timed
 
 MAX_BUDGET_MS = 86_400_000.0
 _GRPC = re.compile(r"([0-9]{1,8})([HMSmun])")
@@ -33,14 +33,15 @@ class Budget:
         return self.deadline_ns is not None or self.ttft_deadline_ns is not None
 
 
-def budget_of(arrival_ns: int, body: Budgeted, headers: Mapping[str, str], max_kl: float | None = None) -> Budget:
+def budget_of(arrival_ns: int, body: Timed, headers: Mapping[str, str], max_kl: float | None = None) -> Budget:
     """The budget of a request that arrived at `arrival_ns`. `max_kl` is the server's own bound. Raises `InputError`."""
     whole = [ms for ms in (body.budget_ms, _header(headers), _grpc_timeout(headers)) if ms is not None]
+    first = body.ttft_ms if isinstance(body, Budgeted) else None
     bounds = [bound for bound in (body.max_kl, max_kl) if bound is not None]
     return Budget(
         arrival_ns,
         arrival_ns + int(min(whole) * 1e6) if whole else None,
-        arrival_ns + int(body.ttft_ms * 1e6) if body.ttft_ms is not None else None,
+        arrival_ns + int(first * 1e6) if first is not None else None,
         body.on_budget or "degrade",
         body.min_point,
         min(bounds) if bounds else None,

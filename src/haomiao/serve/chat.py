@@ -96,8 +96,7 @@ async def make_submit(chat: Chat, salt: bytes) -> Submit:
     max_tokens = body.max_completion_tokens or body.max_tokens
     choices = asking.choices_of(body)
     if choices is not None and not body.logprobs:
-        tokenizer = service.prompts.tokenizer
-        options = await service.prompts.run(lambda: tokenizer.encode_options(choices))
+        options = await service.prompts.choices(choices)
         chat.choices, chat.choice_tokens = choices, [len(option) for option in options]
         return asking.submit_of(
             service.new_id(), ids, chat.budget, point=body.point, salt=salt, work="choose", options=options

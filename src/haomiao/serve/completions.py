@@ -166,26 +166,20 @@ async def _prompts(asked: Completion, vocab_size: int) -> list[Prompt]:
 
 
 async def _prompt(service: Service, form: str | list[int], choices: list[str] | None, vocab_size: int) -> Prompt:
-    tokenizer = service.prompts.tokenizer if isinstance(form, str) or choices is not None else None
     if not isinstance(form, str):
         ids = asking.check_tokens(form, vocab_size)
-        if choices is not None and tokenizer is not None:
-            known = tokenizer
-            options = await service.prompts.run(lambda: known.encode_options(choices))
-            return Prompt("", ids, options)
-        return Prompt("", ids)
+        return Prompt("", ids, [] if choices is None else await service.prompts.choices(choices))
     if not form and choices is None:
         ids = await service.prompts.text("")
         if not ids:
             raise InputError("the prompt is empty", param="prompt")
         return Prompt(form, ids)
-    if choices is not None and tokenizer is not None:
-        service.prompts.check_size(len(form), "prompt")
-        text, known = form, tokenizer
+    if choices is not None:
+        text, known = form, service.prompts.tokenizer
         if (codes := known.codes(choices)) is not None:
             return Prompt(form, await service.prompts.text(form), codes)
         ids, options = await service.prompts.options(
-            lambda more: [*known.prefix_ids, *known.encode_part(text + more, True)], choices
+            text, lambda more: [*known.prefix_ids, *known.encode_part(text + more, True)], choices
         )
         return Prompt(form, ids, options)
     return Prompt(form, await service.prompts.text(form))

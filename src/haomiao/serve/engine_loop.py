@@ -215,6 +215,7 @@ class EngineLoop:
             receipt=event.receipt,
             scores=event.scores,
             prompt_logprobs=event.prompt_logprobs,
+            embedding=None if event.embedding is None else event.embedding.astype("<f4").tobytes(),
         )
 
     def _request(self, message: Submit, session: int | None, prompt: list[int] | None) -> EngineRequest:
@@ -266,6 +267,7 @@ class EngineLoop:
             kv=llm.kv,
             kv_blocks=pool.blocks,
             max_request_tokens=min(llm.max_context, pool.blocks * KV_BLOCK_TOKENS),
+            hidden_size=self.engine.limits.hidden_size,
             step_seconds=seconds / tokens * per_step,
         )
 

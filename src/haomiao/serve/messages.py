@@ -126,6 +126,8 @@ class Hello(Message, tag="hello", kw_only=True):
     kv_blocks: int
     max_request_tokens: int
     """Tokens of the longest prompt and answer that the KV pool can hold."""
+    hidden_size: int = 0
+    """Width of embeddings; 0 where there are none."""
     step_seconds: float = 0.0
     """About what the longest step takes: the watchdog must not fire before."""
 
@@ -151,6 +153,8 @@ class Done(Message, tag="done", kw_only=True):
     receipt: Receipt
     scores: list[float] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    embedding: bytes | None = None
+    """Little-endian float32 [hidden], not normalized."""
 
 
 class Refused(Message, tag="refused", kw_only=True):

@@ -35,11 +35,12 @@ _BODIES: dict[str, tuple[type, str, tuple[int, ...]]] = {
     "/v1/chat/completions": (schemas.ChatRequest, "Answer a conversation", GENERATING),
     "/v1/completions": (schemas.CompletionRequest, "Continue prompts", GENERATING),
     "/v1/responses": (schemas.ResponsesRequest, "Answer an input (OpenAI's Responses API)", GENERATING),
-    "/v1/embeddings": (schemas.EmbeddingsRequest, "Refused: a language model", (*COMMON, 404, 501)),
+    "/v1/embeddings": (schemas.EmbeddingsRequest, "Texts as vectors", (*GENERATING, 501)),
     "/tokenize": (schemas.TokenizeRequest, "Token ids of a prompt or conversation", (*COMMON, 404)),
     "/detokenize": (schemas.DetokenizeRequest, "Text of token ids", (*COMMON, 404)),
 }
 _STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_BUDGETED = (*_STREAMS, "/v1/embeddings")
 _READ: dict[str, tuple[str, tuple[int, ...]]] = {
     "/v1/models": ("The model that is served", (401, 403, 405, 431, 503)),
     "/v1/models/{name}": ("One name of it", (401, 403, 404, 405, 431, 503)),
@@ -85,7 +86,7 @@ def document() -> dict[str, Any]:
             },
             "responses": _responses(statuses, {"description": "Done", "content": content}),
         }
-        if path in _STREAMS:
+        if path in _BUDGETED:
             operation["parameters"] = _BUDGET_HEADERS
         paths[path] = {"post": operation}
     for path, (summary, statuses) in _READ.items():

@@ -36,7 +36,7 @@ class Prompts:
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="haomiao-text")
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
-        self._longest = 1
+        self._longest = self._wordiest = 1  # bytes of the vocabulary's longest token, words of its wordiest
         self.hello: Hello | None = None
 
     def load(self, hello: Hello) -> None:
@@ -61,7 +61,9 @@ class Prompts:
             with contextlib.suppress(HaomiaoError):  # a template may want more than this to warm up with
                 tokenizer.encode_part("warm up " * 4096, True)  # long enough for the library's own tokenizer
                 encode_chat(tokenizer, template, [{"role": "user", "content": "x"}])
-            self._longest = max(1, *(len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size)))
+            tokens = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
+            self._longest = max(1, *map(len, tokens))
+            self._wordiest = max(1, *(len(token.decode("utf-8", "replace").split()) for token in tokens))
             self._template = template
         self._tokenizer = tokenizer
         self.hello = hello
@@ -101,11 +103,24 @@ class Prompts:
 
     # ---- off the loop ---------------------------------------------------------------------------------------------
 
-    async def text(self, prompt: str, param: str = "prompt") -> list[int]:
-        """Ids of a prompt, special tokens recognised, BOS as the model has it."""
-        self.check_size(len(prompt.encode("utf-8", "surrogatepass")), param)
+    async def text(self, prompt: str, param: str = "prompt", *, special: bool = True) -> list[int]:
+        """Ids of a prompt, BOS as the model has it; special tokens in it are recognised unless `special` is False."""
         tokenizer = self.tokenizer
-        return await self.run(lambda: [*tokenizer.prefix_ids, *tokenizer.encode_part(prompt, True)])
+        return await self.encoded(
+            [prompt], param, lambda: [*tokenizer.prefix_ids, *tokenizer.encode_part(prompt, special)]
+        )
+
+    async def encoded(self, texts: Sequence[str], param: str, encode: Callable[[], T]) -> T:
+        """What `encode` makes of the texts, on a thread. Raises `ContextLengthError` before it is called if they cannot
+        fit together."""
+        self.check_size(sum(map(len, texts)), param)
+
+        def checked() -> T:
+            self.check_size(sum(len(text.encode("utf-8", "surrogatepass")) for text in texts), param)
+            self.check_words(sum(len(text.split()) for text in texts), param)
+            return encode()
+
+        return await self.run(checked)
 
     async def chat(
         self,
@@ -118,7 +133,7 @@ class Prompts:
     ) -> list[int]:
         """Ids of a conversation, up to where the answer begins. `source` is a template of the request's own."""
         plain = [plain_message(message, index) for index, message in enumerate(messages)]
-        self.check_size(sum(len(str(message["content"] or "")) for message in plain), "messages")
+        texts = [str(message["content"] or "") for message in plain]
         for name in variables or ():
             if name not in TEMPLATE_VARIABLES:
                 allowed = ", ".join(sorted(TEMPLATE_VARIABLES))
@@ -137,7 +152,9 @@ class Prompts:
         if source is not None:
             template = _with_source(tokenizer, source)
         described = None if not tools else [_plain(tool) for tool in tools]
-        return await self.run(
+        return await self.encoded(
+            texts,
+            "messages",
             lambda: encode_chat(
                 tokenizer,
                 template,
@@ -145,28 +162,51 @@ class Prompts:
                 add_generation_prompt=add_generation_prompt,
                 tools=described,
                 **dict(variables or {}),
-            )
+            ),
         )
 
     async def options(
-        self, whole: Callable[[str], list[int]], choices: Sequence[str]
+        self, text: str, whole: Callable[[str], list[int]], choices: Sequence[str]
     ) -> tuple[list[int], list[list[int]]]:
-        """Prompt and options of a choice; `whole` gives the ids of the prompt with a text behind it, on a thread."""
+        """Ids of a prompt and of the options of a choice; `whole` gives those of the prompt with a text behind it."""
         from haomiao.api.requests import shared_beginning
 
-        prompt, tails = await self.run(lambda: shared_beginning(whole(""), [whole(choice) for choice in choices]))
+        prompt, tails = await self.encoded(
+            [text], "prompt", lambda: shared_beginning(whole(""), [whole(choice) for choice in choices])
+        )
         return prompt, [list(tail) for tail in tails]
 
+    async def choices(self, choices: Sequence[str]) -> list[list[int]]:
+        """Ids of the options of a choice, each by itself."""
+        for choice in choices:
+            self.check_size(len(choice), "choice")
+        tokenizer = self.tokenizer
+        return await self.run(lambda: tokenizer.encode_options(choices))
+
     def check_size(self, size: int, param: str) -> None:
-        """Refuse text that cannot fit, however it is tokenized. Raises `ContextLengthError`."""
+        """Refuse `size` characters or bytes of text that cannot fit, however they are tokenized. Raises
+        `ContextLengthError`."""
+        self._check_least(f"{size} bytes of text are", size // self._longest, param)
+
+    def check_words(self, words: int, param: str) -> None:
+        """The same for text of so many words, parted by white space: no token begins more of them than the vocabulary's
+        wordiest."""
+        self._check_least(f"{words} words are", words // self._wordiest, param)
+
+    def check_length(self, tokens: int, param: str) -> None:
+        """Refuse tokens that do not fit where no answer follows them. Raises `ContextLengthError`."""
+        if tokens > self._most:
+            raise ContextLengthError(f"{param} has {tokens} tokens; the context holds {self._most}", param=param)
+
+    def _check_least(self, what: str, tokens: int, param: str) -> None:
+        if tokens > self._most:
+            raise ContextLengthError(f"{what} at least {tokens} tokens; the context holds {self._most}", param=param)
+
+    @property
+    def _most(self) -> int:
         if self.hello is None:
             raise NotReadyError("the model is being loaded")
-        least = size // self._longest
-        if least >= self.hello.max_request_tokens:
-            raise ContextLengthError(
-                f"{size} bytes of text are at least {least} tokens; the context holds {self.hello.max_request_tokens}",
-                param=param,
-            )
+        return self.hello.max_request_tokens
 
 
 def plain_message(message: ChatMessage, index: int) -> dict[str, Any]:

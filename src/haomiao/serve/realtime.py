@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -162,10 +163,11 @@ class Socket:
         seconds = round(time.monotonic() - self._started, 3)
         logs.event("realtime", id=self._websocket.scope["state"].get("request_id"), seconds=seconds, **self._count)
 
-    def _task(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+    def _task(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -263,18 +265,12 @@ class Socket:
 
     def computed(self, fed: Fed) -> None:
         """The engine has read so far."""
-        self._task(
-            self._quietly(
-                self.say(
-                    "input_text_buffer.computed",
-                    haomiao={"tokens": fed.tokens, "cached_tokens": fed.cached, "ms": fed.ms},
-                )
-            )
-        )
+        about = {"tokens": fed.tokens, "cached_tokens": fed.cached, "ms": fed.ms}
+        self._task(self._quietly(lambda: self.say("input_text_buffer.computed", haomiao=about)))
 
-    async def _quietly(self, work: Any) -> None:
+    async def _quietly(self, work: Callable[[], Awaitable[None]]) -> None:
         with contextlib.suppress(WebSocketDisconnect, HaomiaoError):
-            await work
+            await work()
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
@@ -295,7 +291,8 @@ class Socket:
         self.response = Response(self, self._feeder, fields, arrival_ns)
         self._count["responses"] += 1
         self.service.in_flight += 1
-        self._task(self._quietly(self._answer(self.response)))
+        answering = self._task(self._quietly(partial(self._answer, self.response)))
+        answering.add_done_callback(lambda task: self.service.done())  # also of a task that ends before it begins
 
     async def _answer(self, response: Response) -> None:
         try:
@@ -308,7 +305,6 @@ class Socket:
             raise
         finally:
             self.release(response)
-            self.service.done()
             self._feeder.poke()
 
     def release(self, response: Response) -> None:

@@ -89,8 +89,7 @@ class Response:
         choices = asking.choices_of(fields)
         common: dict[str, Any] = {"point": fields.point, "salt": socket.salt}
         if choices is not None:
-            tokenizer = service.prompts.tokenizer
-            options = await service.prompts.run(lambda: tokenizer.encode_options(choices))
+            options = await service.prompts.choices(choices)
             self._choices, self._choice_tokens = choices, [len(option) for option in options]
             return asking.submit_of(0, [], budget, work="choose", options=options, **common)
         asked = fields.max_output_tokens if fields.max_output_tokens is not None else fields.max_tokens

@@ -83,11 +83,19 @@ async def responses(request: Request) -> Response:
         async with cancelled_with_client(request, [answer]):
             (sample,) = await collect(answer, 1)
     except HaomiaoError as error:
+        error.param = own_name(error.param)
         account_failure(service, error, budget.given)
         raise
     account(service, chat.facts, sample.end)
     about = {**_response(asked, _output(asked, sample), sample.end), "haomiao": account_of(sample.end)}
     return Response(dump(about), 200, server_timing(sample.end.receipt), "application/json")
+
+
+def own_name(param: str | None) -> str | None:
+    """The field of this API that a refusal of the chat completion means."""
+    names = {"messages": "input", "max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"}
+    head, bracket, rest = (param or "").partition("[")
+    return names.get(head, head) + bracket + rest if param else param
 
 
 # ---- body ---------------------------------------------------------------------------------------------------------

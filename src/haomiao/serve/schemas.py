@@ -60,14 +60,12 @@ class ResponseFormat(Body, kw_only=True):
     json_schema: JsonSchemaFormat | None = None
 
 
-class Budgeted(Body, kw_only=True):
-    """What every generating request may say about time, accuracy and chance."""
+class Timed(Body, kw_only=True):
+    """What every request to the model may say about time and accuracy."""
 
     model: Name | None = None
     budget_ms: Milliseconds | None = None
     """Milliseconds from the request's headers to the answer's last byte."""
-    ttft_ms: Milliseconds | None = None
-    """Milliseconds from the request's headers to the first token."""
     on_budget: Literal["degrade", "truncate", "refuse"] | None = None
     point: Literal["full", "bf16", "int8", "int4"] | None = None
     """Run at this operating point, and no other."""
@@ -75,11 +73,18 @@ class Budgeted(Body, kw_only=True):
     """The least accurate operating point allowed."""
     max_kl: Annotated[float, Meta(ge=0.0, le=1e9)] | None = None
     """Greatest mean KL to `full`, nats per token, of the points used."""
+    user: str | None = None
+
+
+class Budgeted(Timed, kw_only=True):
+    """What every generating request may say beside, about its first token and chance."""
+
+    ttft_ms: Milliseconds | None = None
+    """Milliseconds from the request's headers to the first token."""
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] | None = None
     top_p: Probability | None = None
     seed: Seed | None = None
     stream: bool | None = None
-    user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -278,14 +283,13 @@ class DetokenizeRequest(Body, kw_only=True):
     tokens: list[int]
 
 
-class EmbeddingsRequest(Body, kw_only=True):
+class EmbeddingsRequest(Timed, kw_only=True):
     """/v1/embeddings"""
 
-    model: Name | None = None
     input: str | Annotated[list[str | int | list[int]], Meta(min_length=1)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Count | None = None
-    user: str | None = None
+    """The model's own number; no other is possible."""
 
 
 REFUSED: dict[str, str] = {

@@ -17,7 +17,7 @@ from haomiao.serve.guard import Keys, Rates
 from haomiao.serve.messages import Hello, Submit
 from haomiao.serve.metrics import Metrics
 from haomiao.serve.prompts import Prompts
-from haomiao.serve.schemas import REFUSED, Body, Budgeted
+from haomiao.serve.schemas import REFUSED, Body, Timed
 from haomiao.serve.settings import Settings
 from haomiao.serve.supervisor import Supervisor
 
@@ -125,14 +125,14 @@ class Service:
             raise ModelNotFoundError(f"the model {name[:200]!r} does not exist; {names[0]!r} does", param="model")
         return name or names[0]
 
-    def check_points(self, body: Budgeted) -> None:
+    def check_points(self, body: Timed) -> None:
         """Raise `InputError` for a point that this server does not offer."""
         offered = self.settings.points or tuple(self.hello.points)
         for param, point in (("point", body.point), ("min_point", body.min_point)):
             if point is not None and point not in offered:
                 raise InputError(f"{param} must be one of {', '.join(offered)}, not {point!r}", param=param)
 
-    def budget(self, request: Request, body: Budgeted) -> budgets.Budget:
+    def budget(self, request: Request, body: Timed) -> budgets.Budget:
         """The budget of a request, counted from its headers. Raises `DeadlineError` if it is spent already."""
         state = request.scope["state"]
         found = budgets.budget_of(int(state["accepted_ns"]), body, request.headers, self.max_kl)

@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /v1/embeddings."""
+"""/tokenize and /detokenize."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from haomiao.errors import InputError, UnavailableError
+from haomiao.errors import InputError
 from haomiao.serve import asking
 from haomiao.serve.answers import token_text
 from haomiao.serve.jsonbody import dump
-from haomiao.serve.schemas import DetokenizeRequest, EmbeddingsRequest, TokenizeRequest
+from haomiao.serve.schemas import DetokenizeRequest, TokenizeRequest
 from haomiao.serve.service import Service
 
 
@@ -33,7 +33,7 @@ async def tokenize(request: Request) -> Response:
         )
     else:
         text, tokenizer = body.prompt or "", prompts.tokenizer
-        ids = await prompts.run(lambda: tokenizer.encode(text, body.add_special_tokens))
+        ids = await prompts.encoded([text], "prompt", lambda: tokenizer.encode(text, body.add_special_tokens))
     about: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": hello.max_request_tokens}
     if body.return_token_strs:
         about["token_strs"] = [token_text(prompts.tokenizer, id_)[0] for id_ in ids]
@@ -49,11 +49,3 @@ async def detokenize(request: Request) -> Response:
     ids = asking.check_tokens(body.tokens, tokenizer.vocab_size, "tokens") if body.tokens else []
     text = await service.prompts.run(lambda: tokenizer.decode(ids, skip_special=False))
     return Response(dump({"prompt": text}), media_type="application/json")
-
-
-async def embeddings(request: Request) -> Response:
-    """Refused in one line: what is served here is a language model whose executor returns logits, not hidden states."""
-    service: Service = request.app.state.service
-    body = await service.read(request, EmbeddingsRequest)
-    service.check_model(body.model)
-    raise UnavailableError("this model gives no embeddings: it is a language model", param="model")

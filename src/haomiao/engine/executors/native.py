@@ -86,6 +86,7 @@ class NativeExecutor:
         self._crew = Crew(self.threads) if crew and self.threads > 1 else None
         self.max_context: int = runner.max_context
         self.kv_bytes_per_block: int = runner.kv_bytes_per_block
+        self.hidden_size: int = runner.hidden_size
         self._logits = np.empty((0, self.vocab_size), np.float32)
 
     def step(self, batch: StepBatch) -> StepResult:
@@ -107,15 +108,20 @@ class NativeExecutor:
         if greedy is not None and (greedy.dtype != np.bool_ or greedy.shape != rows.shape):
             raise InputError("greedy must be a bool array with an element for each logit row", param="greedy")
         copies = None if batch.copies is None else _int32("copies", batch.copies, 2)
+        wanted, hidden = None, None
+        if batch.hidden_rows is not None:
+            wanted = _int32("hidden_rows", batch.hidden_rows, 1)
+            hidden = np.empty((wanted.shape[0], self.hidden_size), np.float32)
         if self._crew is not None:
             runner.active = self._crew.choose(batch.point, len(batch.token_ids), runner.crowded)
         try:
-            elapsed = runner.step(self.points.index(batch.point), *arrays, rows, greedy, copies, logits, argmax)
+            index = self.points.index(batch.point)
+            elapsed = runner.step(index, *arrays, rows, greedy, copies, logits, argmax, wanted, hidden)
         except ValueError as error:
             raise InputError(f"step: {error}") from None
         if self._crew is not None:
             self._crew.observe(batch.point, len(batch.token_ids), runner.active, elapsed)
-        return StepResult(logits, argmax, elapsed)
+        return StepResult(logits, argmax, elapsed, hidden)
 
     def copy_blocks(self, pairs: I32) -> None:
         """Copy KV blocks of every layer. `pairs` is int32 [n, 2]: (from, to), done in order."""

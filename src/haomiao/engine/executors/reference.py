@@ -61,6 +61,7 @@ class ReferenceExecutor:
         self.plan = plan
         self.points = tuple(points)
         self.vocab_size = plan.vocab_size
+        self.hidden_size = plan.hidden_size
         self.max_step_tokens = max_step_tokens
         self.kv_blocks = kv_blocks
         self.kv_type: KvType = kv_type or POINTS[self.points[0]].default_kv
@@ -84,7 +85,7 @@ class ReferenceExecutor:
             run.apply(op)
         logits = run.logits
         argmax = np.where(np.isnan(logits), -np.inf, logits).argmax(axis=-1).astype(np.int32)
-        return StepResult(logits, argmax, time.monotonic_ns() - began)
+        return StepResult(logits, argmax, time.monotonic_ns() - began, run.hidden)
 
     def copy_blocks(self, pairs: I32) -> None:
         """Copy KV blocks of every layer: [n, 2] (from, to)."""
@@ -189,9 +190,9 @@ def check_batch(batch: StepBatch, executor: Any) -> None:
     wrong = (used & ((tables < 0) | (tables >= executor.kv_blocks))).any(axis=1) | (needed > tables.shape[1])
     if wrong.any():
         raise InputError(f"the block table of span {int(wrong.argmax())} does not cover its positions")
-    rows = batch.logit_rows
-    if rows.size and (rows.min() < 0 or rows.max() >= tokens or (np.diff(rows) < 1).any()):
-        raise InputError("logit_rows must ascend within the step's tokens")
+    for name, rows in (("logit_rows", batch.logit_rows), ("hidden_rows", batch.hidden_rows)):
+        if rows is not None and rows.size and (rows.min() < 0 or rows.max() >= tokens or (np.diff(rows) < 1).any()):
+            raise InputError(f"{name} must ascend within the step's tokens", param=name)
     if batch.copies is not None:
         check_copies(batch.copies, tokens, executor.kv_blocks)
 
@@ -221,6 +222,7 @@ class _Step:
             [past + np.arange(n) for past, n in zip(batch.past, lengths, strict=True)]
         ).astype(np.int32)
         self.logits: F32 = np.zeros((0, executor.vocab_size), np.float32)
+        self.hidden: F32 | None = None
 
     def apply(self, op: ops.Op) -> None:
         """Run one operation. An unknown one is refused by name."""
@@ -312,6 +314,8 @@ class _Step:
         self.buffers[op.out] = activate(self.buffers[op.source], op.activation).astype(np.float32)
 
     def do_head(self, op: ops.Head) -> None:
+        if self.batch.hidden_rows is not None:
+            self.hidden = self.buffers[op.source][self.batch.hidden_rows]
         rows = self.buffers[op.source][self.batch.logit_rows]
         if rows.shape[0] == 0:
             return

@@ -86,6 +86,7 @@ class TorchExecutor:
         self.plan = model.plan
         self.points = tuple(points)
         self.vocab_size = model.plan.vocab_size
+        self.hidden_size = model.plan.hidden_size
         self.max_context = model.plan.max_context
         self.max_step_tokens = max_step_tokens
         self.kv_blocks = model.kv_blocks
@@ -111,12 +112,13 @@ class TorchExecutor:
         model = self._open()
         check_batch(batch, self)
         if self._fast is not None:
-            logits, argmax = self._fast.step(batch)
+            logits, argmax, hidden = self._fast.step(batch)
         else:
             with torch.inference_mode():
-                found, places = run_slowly(model, batch)
+                found, places, states = run_slowly(model, batch)
             logits, argmax = found.cpu().numpy(), places.cpu().numpy().astype(np.int32)
-        return StepResult(logits, argmax, time.monotonic_ns() - began)
+            hidden = None if states is None else states.cpu().numpy()
+        return StepResult(logits, argmax, time.monotonic_ns() - began, hidden)
 
     def copy_blocks(self, pairs: I32) -> None:
         """Copy KV blocks of every layer: [n, 2] (from, to), in order."""

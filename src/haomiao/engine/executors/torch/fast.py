@@ -22,6 +22,7 @@ from haomiao.engine.executors.torch.inputs import StepInputs, StepSize
 from haomiao.engine.executors.torch.lowering import AttentionStage, MatrixStage, lower
 from haomiao.engine.executors.torch.matrices import Tensor
 from haomiao.engine.executors.torch.model import DeviceModel
+from haomiao.errors import EngineError
 from haomiao.models import plan as ops
 from haomiao.types import F32, I32, KV_BLOCK_TOKENS, POINTS, Point, StepBatch
 
@@ -73,8 +74,9 @@ class FastRunner:
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
-    def step(self, batch: StepBatch) -> tuple[F32, I32]:
-        """Logits [rows, vocab] (of a step of greedy rows alone, unspecified) and the places of their greatest."""
+    def step(self, batch: StepBatch) -> tuple[F32, I32, F32 | None]:
+        """Logits [rows, vocab] (of a step of greedy rows alone, unspecified), the places of their greatest, and the
+        hidden states that were asked for."""
         rows = int(batch.logit_rows.size)
         with torch.inference_mode():
             copied = copied_slots(batch)
@@ -89,8 +91,24 @@ class FastRunner:
                 self._eager(POINTS[batch.point], made)
             whole = batch.greedy is None or not bool(batch.greedy.all())
             logits = self._fetched(made.logits[:rows], whole)
+            hidden = None if batch.hidden_rows is None else self._hidden(batch.hidden_rows)
             self._wait()
-            return logits, made.host_argmax.numpy()[:rows].copy()
+            return logits, made.host_argmax.numpy()[:rows].copy(), hidden
+
+    def _hidden(self, rows: I32) -> F32:
+        """Hidden states [hidden rows, hidden] after the step, whose buffers still hold what stands before the head."""
+        stage = self.stages[-1]
+        if not (isinstance(stage, MatrixStage) and isinstance(stage.op, ops.Head)) or isinstance(stage.before, ops.Glu):
+            raise EngineError("no hidden states stand before the plan's head")
+        before = stage.before
+        source = self._buffers[stage.op.source if before is None else before.source]
+        x = source.index_select(0, torch.from_numpy(rows.astype(np.int64)).to(source.device))
+        if before is not None:
+            normed = torch.empty_like(x)
+            self._norm(before, normed, x)
+            x = normed
+        found: F32 = x.cpu().numpy()
+        return found
 
     def prepare(self, tokens: tuple[int, ...] = BUCKETS, contexts: tuple[int, ...] | None = None) -> None:
         """Compile kernels and capture graphs for these numbers of tokens (and contexts; default: all) ahead, so that no

@@ -17,12 +17,14 @@ from haomiao.models import plan as ops
 from haomiao.types import KV_BLOCK_TOKENS, POINTS, StepBatch
 
 
-def run_slowly(model: DeviceModel, batch: StepBatch) -> tuple[Tensor, Tensor]:
-    """Logits f32 [rows, vocab] and the places of their greatest, int32 [rows], on the device."""
+def run_slowly(model: DeviceModel, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits f32 [rows, vocab], the places of their greatest, int32 [rows], and the hidden states that were asked for,
+    on the device."""
     step = _SlowStep(model, batch)
     for op in model.ops:
         step.apply(op)
-    return step.logits, twins.greatest(step.logits) if step.logits.shape[0] else step.rows.int()
+    places = twins.greatest(step.logits) if step.logits.shape[0] else step.rows.int()
+    return step.logits, places, step.hidden
 
 
 class _SlowStep:
@@ -46,6 +48,7 @@ class _SlowStep:
             name: torch.zeros(batch.tokens, width, device=device) for name, width in model.plan.buffers.items()
         }
         self.logits: Tensor = torch.zeros(0, model.plan.vocab_size, device=device)
+        self.hidden: Tensor | None = None
 
     def apply(self, op: ops.Op) -> None:
         """Run one operation. An unknown one is refused by name."""
@@ -124,6 +127,8 @@ class _SlowStep:
         self.buffers[op.out] = twins.activate(self.buffers[op.source], op.activation).float()
 
     def do_head(self, op: ops.Head) -> None:
+        if self.batch.hidden_rows is not None:
+            self.hidden = self.buffers[op.source][torch.from_numpy(self.batch.hidden_rows.astype(np.int64))]
         rows = self.buffers[op.source][self.rows]
         if rows.shape[0] == 0:
             return
