@@ -187,6 +187,8 @@ def run_times(args: argparse.Namespace) -> None:
 def run_report(args: argparse.Namespace) -> None:
     """The table, and the plot."""
     about, records, times = read_lines(args.out)
+    if not records:
+        raise SystemExit(f"{args.out} holds no results of `table`")
     print(table(records, times, args.language))
     if args.svg:
         title = f"{about.get('checkpoint', '')}: error over bytes"
