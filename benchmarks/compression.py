@@ -3,15 +3,12 @@
     python benchmarks/compression.py table CHECKPOINT --text english.txt --text chinese.txt --out RESULTS.jsonl
     python benchmarks/compression.py times CHECKPOINT --keep FOLDER --out RESULTS.jsonl
     python benchmarks/compression.py report --out RESULTS.jsonl --svg front.svg
-    python benchmarks/compression.py memory CHECKPOINT [--samples 2]
 
 `table`: every way is calibrated on the package's default text and measured on --text, which is not in it: KL from the
 original weights, top-1 agreement, perplexity, each with half of a 95 % interval, bytes of weights that a decode step
 reads. A line is added to --out after every way; ways that have one are skipped, so that a run goes on where it was.
 --jobs ways run at once, one thread each: their accuracy does not depend on it. `times` decodes with the artifacts that
-`table --keep` left, in turns, and needs a quiet machine. `report` prints the table and draws the front. `memory`
-compresses any checkpoint (make_model.py writes random ones of real shapes) on random ids and prints the greatest memory
-of the process: `anonymous` is what it takes over the mapped checkpoint.
+`table --keep` left, in turns, and needs a quiet machine. `report` prints the table and draws the front.
 """
 
 from __future__ import annotations
@@ -21,7 +18,6 @@ import functools
 import json
 import multiprocessing
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -185,7 +181,7 @@ def run_times(args: argparse.Namespace) -> None:
         print(name, {point: round(ms, 3) for point, ms in medians.items()})
 
 
-# ---- report, memory
+# ---- report
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -197,75 +193,19 @@ def run_report(args: argparse.Namespace) -> None:
         args.svg.write_text(draw(records, title), encoding="utf-8")
 
 
-def run_memory(args: argparse.Namespace) -> None:
-    """Compress a checkpoint on random ids in a process of its own and watch its memory."""
-    folder = Path(tempfile.mkdtemp(prefix="haomiao-memory-", dir=args.folder))
-    most = {"resident": 0, "anonymous": 0}
-    try:
-        context = multiprocessing.get_context("spawn")
-        parent, child = context.Pipe()
-        process = context.Process(target=compress_random, args=(folder / "out", args, child))
-        process.start()
-        while not parent.poll(0.2) and process.is_alive():
-            for key, value in memory_of(process.pid).items():
-                most[key] = max(most[key], value)
-        seconds = parent.recv() if parent.poll() else None
-        process.join()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    record = {"checkpoint": Path(args.checkpoint).name, "samples": args.samples, "length": args.length}
-    print(json.dumps(record | {"seconds": seconds, **{f"{k}_gb": round(v / 1e9, 3) for k, v in most.items()}}))
-
-
-def memory_of(pid: int | None) -> dict[str, int]:
-    """Bytes resident, and those of them that are not mapped files."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
-    return {"resident": found.get("VmRSS", 0), "anonymous": found.get("RssAnon", 0)}
-
-
-def compress_random(out: Path, args: argparse.Namespace, pipe: Any) -> None:
-    """In a process of its own: GPTQ on random ids, and how long it took."""
-    import numpy as np
-
-    from haomiao.compress.job import compress
-    from haomiao.compress.recipe import recipe_of
-    from haomiao.compress.text import Samples
-    from haomiao.load.source import open_source
-
-    source = open_source(args.checkpoint)
-    ids = np.random.default_rng(1).integers(0, source.config["vocab_size"], (args.samples + 1, args.length))
-    samples = Samples(ids[:-1].astype(np.int32), ids[-1:].astype(np.int32), [])
-    recipe = recipe_of({"prune": args.prune} if args.prune else {})
-    began = time.monotonic()
-    last = [0.0]
-
-    def tell(what: str, done: int, total: int) -> None:
-        if time.monotonic() - last[0] > 20:
-            last[0] = time.monotonic()
-            print(f"{last[0] - began:6.0f} s, {100 * done / max(total, 1):5.1f} %: {what}", flush=True)
-
-    compress(source, out, recipe, samples=samples, threads=args.threads, restart=True, overwrite=True, progress=tell)
-    pipe.send(round(time.monotonic() - began, 1))
-
-
 def main() -> None:
     """Read the flags and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("table", "times", "report", "memory"):
+    for name in ("table", "times", "report"):
         command = commands.add_parser(name)
         if name != "report":
             command.add_argument("checkpoint")
         if name in ("table", "times"):
             command.add_argument("--only", action="append", choices=list(WAYS), help="these ways; repeatable")
             command.add_argument("--keep", type=Path, required=name == "times", help="folder for the artifacts")
-        if name != "memory":
-            command.add_argument("--out", type=Path, default=Path("compression.jsonl"))
-        if name in ("times", "memory"):
+        command.add_argument("--out", type=Path, default=Path("compression.jsonl"))
+        if name == "times":
             command.add_argument("--threads", type=int, default=None)
         if name == "table":
             command.add_argument("--text", type=Path, action="append", required=True, help="held-out text; repeatable")
@@ -279,15 +219,8 @@ def main() -> None:
         if name == "report":
             command.add_argument("--svg", type=Path)
             command.add_argument("--language", choices=("en", "zh"), default="en")
-        if name == "memory":
-            command.add_argument("--samples", type=int, default=2)
-            command.add_argument("--length", type=int, default=512)
-            command.add_argument("--prune", action="append", help="as haomiao compress has it")
-            command.add_argument(
-                "--folder", help="where the artifact and the activations go (default: the temporary folder)"
-            )
     args = parser.parse_args()
-    {"table": run_table, "times": run_times, "report": run_report, "memory": run_memory}[args.command](args)
+    {"table": run_table, "times": run_times, "report": run_report}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ def test_text_appears(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tok/s" in err
 
 
+def test_a_prompt_that_looks_whole_is_continued(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = answer_of(capsys, "generate", "今天天气很好，阳光明媚，适合出门散步。", "--max-tokens", "24")
+    assert len(answer["token_ids"]) >= 16
+    assert answer["text"].strip()
+
+
 def test_the_same_seed_gives_the_same_answer(capsys: pytest.CaptureFixture[str]) -> None:
     ask = ("generate", "从前", "--max-tokens", "10", "--temperature", "0.9", "--seed", "5")
     first, second = answer_of(capsys, *ask), answer_of(capsys, *ask, "--threads", "1")

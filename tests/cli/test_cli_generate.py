@@ -103,9 +103,19 @@ def test_every_flag_reaches_the_model(fake: Any, tmp_path: Path) -> None:
 
 
 def test_flags_that_were_not_given_are_not_passed(fake: Any) -> None:
-    assert main(["generate", "hi"]) == 0
+    assert main(["generate", "m", "hi"]) == 0
     assert fake.opened[0][1] == {}
     assert fake.asked[0][1] == {}
+
+
+def test_the_embedded_model_is_sampled_unless_something_is_said(fake: Any) -> None:
+    for argv in (["hi"], ["hi", "--max-tokens", "4"], ["hi", "--temperature", "0"], ["hi", "--choice", "yes"]):
+        assert main(["generate", *argv]) == 0
+    plain, short, greedy, chosen = (asked for _, asked in fake.asked)
+    assert plain == {"temperature": 0.7, "top_p": 0.9, "min_tokens": 16, "seed": 1}
+    assert short == plain | {"min_tokens": 4, "max_tokens": 4}
+    assert greedy == {"temperature": 0.0}
+    assert chosen == {"choice": ["yes"]}
 
 
 def test_choice_and_regex(fake: Any) -> None:

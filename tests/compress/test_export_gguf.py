@@ -20,10 +20,12 @@ from haomiao.compress.export.gguf_blocks import pack_blocks
 from haomiao.compress.export.gguf_file import write_file
 from haomiao.errors import InputError, ModelError, UnsupportedModelError
 from haomiao.kernels.pack import pack_planes, split_codes, unpack, unpack_codes
+from haomiao.kernels.rtn import quantize_planes
 from haomiao.load.artifact import Artifact, ArtifactWriter
 from haomiao.load.gguf.blocks import codes_q4_1, dequantize
 from haomiao.load.gguf.names import TABLES, translate, untranslate
 from haomiao.load.source import open_source
+from haomiao.models import encode
 from haomiao.models.convert import convert
 from haomiao.models.registry import plan_for
 from haomiao.text.tokenizer import Tokenizer
@@ -98,7 +100,7 @@ def test_our_reader_finds_every_code_and_scale(case: Case, tmp_path: Path) -> No
     source = open_source(str(tmp_path / "model.gguf"))
     again = Artifact.open(convert(source, tmp_path / "again", scheme="exact"))
     assert_same(again, artifact, case.config, "hi")
-    assert again.meta["provenance"]["rounded"] <= 1  # a tied table, whose planes go beyond int8
+    assert again.meta["provenance"]["rounded"] == 0
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -209,8 +211,24 @@ def test_integer_zero_points_become_q4_1_and_come_back(tmp_path: Path) -> None:
     assert again.tensors["layers.0.down"].lo_shift == 1
 
 
-def test_tables_beyond_int8_are_float32_or_rounded_on_request(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama-gqa-tied", CASES[0].name])
+@pytest.mark.parametrize("options", [{"lo_shift": 4}, {"lo_shift": 3, "group": 128}], ids=str)
+def test_the_head_of_nested_planes_is_q8_0_exactly(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    artifact = converted(tmp_path / "out", BY_NAME[name], **options)
+    head = next(spec for spec in plan_for(BY_NAME[name].config).weights.values() if spec.role == "head")
+    types = export(artifact, tmp_path / "model.gguf", "int4")
+    assert types["token_embd.weight" if "embed" in head.sources[0] else "output.weight"] == "q8_0"
+    found = open_source(str(tmp_path / "model.gguf")).read(head.sources[0])
+    np.testing.assert_array_equal(found, unpack(artifact.tensors[head.name]))
+
+
+def test_tables_beyond_int8_are_float32_or_rounded_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = BY_NAME["llama-gqa-tied"]
+
+    def free(*arguments: Any, **options: Any) -> Any:  # as heads were rounded before they kept within int8
+        return quantize_planes(*arguments, **{**options, "within_int8": False})
+
+    monkeypatch.setattr(encode, "quantize_planes", free)
     artifact = converted(tmp_path / "out", case, lo_shift=4)
     table = unpack(artifact.tensors["embed"])
     exact = export(artifact, tmp_path / "exact.gguf", "int4")

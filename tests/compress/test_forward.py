@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from haomiao.compress import calibrate
 from haomiao.compress.calibrate import Moments, Stream, stages
 from haomiao.compress.error import sequence_logits
 from haomiao.compress.forward import Buffers, Weights, live, run, uses
@@ -96,13 +97,21 @@ def test_only_what_is_read_later_is_kept() -> None:
         assert set(reads) | set(writes) <= set(plan.buffers)
 
 
-def test_moments_are_those_of_all_rows_at_once() -> None:
-    x = np.random.default_rng(1).normal(size=(70, 9)).astype(np.float32)
-    moments = Moments(9)
-    for begin in range(0, 70, 16):
-        moments.add(x[begin : begin + 16])
+@pytest.mark.parametrize(("cols", "rows", "chunk"), [(9, 70, 16), (600, 300, 40), (5, 1, 1)])
+def test_moments_are_those_of_all_rows_at_once(
+    cols: int, rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "SUM_TOKENS", 100)  # some sums go over it, the last stays below
+    x = np.random.default_rng(1).normal(size=(rows, cols)).astype(np.float32)
+    moments = Moments(cols)
+    for begin in range(0, rows, chunk):
+        moments.add(x[begin : begin + chunk] if begin % 2 else np.asfortranarray(x[begin : begin + chunk]))
+    assert moments.tokens == rows
     np.testing.assert_allclose(moments.magnitudes(), np.abs(x).mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(moments.hessian(), x.T @ x / 70, rtol=1e-4, atol=1e-5)
+    hessian = moments.hessian()
+    assert hessian.flags.c_contiguous
+    np.testing.assert_array_equal(hessian, hessian.T)
+    np.testing.assert_allclose(hessian, x.T.astype(np.float64) @ x / rows, rtol=1e-4, atol=1e-5)
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ def test_on_the_real_clock_and_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = run(tmp_path / "real", bigger(), {"search": True, "max_kl": 0.01})
-    assert all(point["ms_measured"] > 0 for point in artifact.meta["search"]["front"])
+    assert all(point["ms_measured"] > 0 and point["ms_predicted"] > 0 for point in artifact.meta["search"]["front"])
     seen: dict[str, Any] = {}
 
     def instead(source: Any, out: Path, recipe: Any, *, tell: Any, **_: Any) -> Path:

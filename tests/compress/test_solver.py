@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haomiao.compress.solver import eliminate, factorize, layer_error
+from haomiao.compress.solver import eliminate, factorize, layer_error, layer_power
 from haomiao.errors import ModelError
 from tests.compress.straightforward import error_of, problem, surgeon
 
@@ -55,6 +55,12 @@ def test_errors_sum_to_the_layers_output_error(cols: int, rows: int, seed: int) 
     damped = hessian + factor.damping * np.eye(cols)
     np.testing.assert_allclose(total, error_of(difference, damped), rtol=2e-3)
     np.testing.assert_allclose(layer_error(difference, damped), error_of(difference, damped), rtol=1e-9)
+
+
+@pytest.mark.parametrize("cols", [1, 100, 600, 1024])
+def test_the_power_of_the_outputs_is_summed_in_blocks(cols: int) -> None:
+    weights, hessian = problem(7, cols, cols)
+    assert layer_power(weights, hessian) == pytest.approx(float(error_of(weights, hessian).sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("cols", [1, 5, 16, 33, 128, 200])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from tests.engine.tiny import (
     make_model,
     native,
     run_alone,
+    run_in_company,
     tokens_of,
 )
 
@@ -104,23 +104,8 @@ def test_neither_company_nor_cuts_nor_threads_change_a_bit(
     alone = run_alone(with_one, tokens, point)
     executor = native(model, point, kv_type=kv, threads=threads)
     assert_same_bits(run_alone(executor, tokens, point, tuple(cuts), first_block=9), alone)
-    # the same request a chunk at a time, each chunk between chunks of others
-    others = [(tokens_of(n, seed + i + 1), blocks_for(n, 20 + 4 * i)) for i, n in enumerate(company)]
-    edges = [0, *sorted({c for c in cuts if 0 < c < length}), length]
-    parts = []
-    for step, (begin, end) in enumerate(pairwise(edges)):
-        spans, place = [], 0
-        for i, (theirs, blocks) in enumerate(others):
-            first, last = len(theirs) * step // (len(edges) - 1), len(theirs) * (step + 1) // (len(edges) - 1)
-            if first < last and sum(len(s.tokens) for s in spans) + last - first + end - begin <= 256:
-                spans.append(Span(theirs[first:last], first, blocks))
-                place += 1 if i % 2 == 0 else 0
-        place = min(place, len(spans))
-        spans.insert(place, Span(tokens[begin:end], begin, blocks_for(length)))
-        start = sum(len(s.tokens) for s in spans[:place])
-        result = executor.step(make_batch(spans, point))
-        parts.append(result.logits[start : start + end - begin].copy())
-    assert_same_bits(np.concatenate(parts), alone)
+    others = [tokens_of(n, seed + i + 1) for i, n in enumerate(company)]
+    assert_same_bits(run_in_company(executor, tokens, point, cuts, others), alone)
 
 
 @given(

@@ -140,3 +140,24 @@ def test_the_compiled_rule_equals_the_twin(group: int, lo_shift: int, kind: str,
         assert np.array_equal(lo, want_lo)
     assert np.array_equal(scales, want_scales)
     assert np.array_equal(hi, want_hi)
+
+
+@pytest.mark.parametrize("lo_shift", [4, 3])
+@pytest.mark.parametrize("group", [32, 128])
+def test_codes_within_int8_cost_little(group: int, lo_shift: int) -> None:
+    weights = np.random.default_rng(4).standard_normal((70, 2 * group + 9)).astype(np.float32)
+    free = rtn.quantize_planes(weights, group, lo_shift)
+    within = rtn.quantize_planes(weights, group, lo_shift, within_int8=True)
+    codes, scales = pack.unpack_codes(within)
+    assert codes.min() >= -128 and codes.max() <= 127
+    free_codes, free_scales = pack.unpack_codes(free)
+    if lo_shift == 3:  # nothing to mend
+        np.testing.assert_array_equal(codes, free_codes)
+    else:
+        assert free_codes.min() < -128
+        # groups that fitted are untouched
+        groups = np.add.reduceat(free_codes < -128, range(0, weights.shape[1], group), axis=1) == 0
+        np.testing.assert_array_equal(scales[groups], free_scales[groups])
+    for planes in ("hi", "hi+lo"):
+        error, before = (relative_rms(weights, pack.unpack(packed, planes)) for packed in (within, free))
+        assert error < 1.06 * before

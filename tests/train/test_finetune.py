@@ -42,7 +42,7 @@ def test_forms_of_data() -> None:
         ('{"prompt": "a", "completion": ""}', "line 1 needs"),
         ('{"prompt": "a", "completion": "b"}\n{', "line 2 is not JSON"),
         ('{"prompt": "a", "completion": "b"}\n[1]', "line 2 needs"),
-        ("one column\nonly", "two columns"),
+        ("one column\nonly", "columns between"),
         ("", "0 lines"),
     ],
 )

@@ -109,12 +109,12 @@ inline void score_keys(const Queries& queries, int row, int head_dim, const int8
     for (int c = 0; c < C; ++c) sum[r][c] = no_ints();
   }
   HAOMIAO_UNROLL_SOME
-  for (int d = 0; d < dim; d += 2) {
+  for (int d = 0; d < dim; d += 2, q += 2, k += 2 * kKvBlock) {
     Pairs keys[C];
-    for (int c = 0; c < C; ++c) keys[c] = load_pairs(k + d * kKvBlock + c * 32);
+    for (int c = 0; c < C; ++c) keys[c] = load_pairs(k + c * 32);
     HAOMIAO_UNROLL
     for (int r = 0; r < R; ++r) {
-      const Pairs x = broadcast_pair(q + r * dim + d);
+      const Pairs x = broadcast_pair(q + r * dim);
       for (int c = 0; c < C; ++c) sum[r][c] = add_dot(x, keys[c], sum[r][c]);
     }
   }
@@ -163,16 +163,17 @@ inline void sum_values(const Split<int8_t>& split, const Scores& scores, int d, 
     for (int c = 0; c < C; ++c) sum[r][c] = no_ints();
   }
   for (int key = low / 2 * 2; key < high;) {
-    const int8_t* v = split.block(key / kKvBlock).v + 2 * d;
+    const int8_t* v = split.block(key / kKvBlock).v + key % kKvBlock * dim + 2 * d;
+    const int16_t* p = scores.p + key;
     split.ahead->fetch();
     const int end = (key / kKvBlock + 1) * kKvBlock < high ? (key / kKvBlock + 1) * kKvBlock : high;
     HAOMIAO_UNROLL_SOME
-    for (; key < end; key += 2) {
+    for (; key < end; key += 2, p += 2, v += 2 * dim) {
       Pairs values[C];
-      for (int c = 0; c < C; ++c) values[c] = load_pairs(v + key % kKvBlock * dim + c * 32);
+      for (int c = 0; c < C; ++c) values[c] = load_pairs(v + c * 32);
       HAOMIAO_UNROLL
       for (int r = 0; r < R; ++r) {
-        const Pairs x = broadcast_pair(scores.p + r * kKvSplit + key);
+        const Pairs x = broadcast_pair(p + r * kKvSplit);
         for (int c = 0; c < C; ++c) sum[r][c] = add_dot(x, values[c], sum[r][c]);
       }
     }

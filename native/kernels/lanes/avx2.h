@@ -90,10 +90,10 @@ inline Pairs broadcast_pair(const int16_t* p) {
   memcpy(&both, p, 4);
   return {_mm256_set1_epi32(both), _mm256_set1_epi32(both)};
 }
-// The empty assembly fixes the order of additions: the compiler reassociates integers, and then copies or spills sums.
+// Additions in assembly, in place: the compiler reassociates integers, and then copies or spills sums.
 inline Ints add_dot(Pairs x, Pairs y, Ints z) {
-  z = {_mm256_add_epi32(z.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(z.b, _mm256_madd_epi16(x.b, y.b))};
-  __asm__("" : "+x"(z.a), "+x"(z.b));
+  __asm__("vpaddd %1, %0, %0" : "+x"(z.a) : "x"(_mm256_madd_epi16(x.a, y.a)));
+  __asm__("vpaddd %1, %0, %0" : "+x"(z.b) : "x"(_mm256_madd_epi16(x.b, y.b)));
   return z;
 }
 inline Lanes to_lanes(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }

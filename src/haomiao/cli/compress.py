@@ -37,9 +37,7 @@ def configure(parser: ArgumentParser) -> None:
     options.add_model(parser, what="SRC")
     add("-o", "--output", required=True, metavar="OUT", help="directory to write; it must not exist or be empty")
     add("--group", type=options.one_of(GROUPS), help="columns that share one scale (default 32)")
-    add(
-        "--lo-shift", type=options.one_of(LO_SHIFTS), help="4: disjoint planes (default of a conversion); 3, 2: overlap"
-    )
+    add("--lo-shift", type=options.one_of(LO_SHIFTS), help="4: disjoint planes; 3, 2: overlap; auto (default of gptq)")
     add("--no-lo", action="store_true", help="leave the second plane out: an ordinary int4 model, half the size")
     add("--force", action="store_true", help="replace OUT if it is an artifact")
     add(
@@ -79,7 +77,7 @@ def configure(parser: ArgumentParser) -> None:
     add("--samples", type=options.positive, help="calibration samples (default 128)")
     add("--length", type=options.positive, help="tokens of a sample (default 512)")
     add("--held", type=options.positive, help="samples kept for measuring (default 16)")
-    add("--threads", type=options.positive, help="of the measurement (default: the cores this process may use)")
+    add("--threads", type=options.positive, help="of solving and measuring (default: the cores it may use)")
     add("--restart", action="store_true", default=None, help="discard what an interrupted run left, and begin anew")
 
 

@@ -24,8 +24,13 @@ def configure(parser: ArgumentParser) -> None:
     options.add_model(parser)
     options.add_runtime(parser)
     add("--text", metavar="FILE", help="UTF-8 text, held out from calibration")
-    add("--task", metavar="FILE", help="labelled data: JSON lines {prompt, choices, answer} or label<TAB>text")
+    add(
+        "--task",
+        metavar="FILE",
+        help="labelled data: JSON lines {prompt, choices, answer} or {text, label}, or a table",
+    )
     add("--prompt-template", metavar="TEXT", help="prompt of labelled text; {text} stands for it (default '{text}\\n')")
+    options.add_fields(add)
     add("--limit", type=options.positive, default=500, help="most questions of the task (default 500)")
     add("--reference", metavar="SRC", help="the full-precision model to compare with")
     add("--against", type=options.one_of(options.POINT_NAMES), metavar="POINT", help="compare with MODEL at this point")
@@ -50,7 +55,8 @@ def run(args: Namespace) -> int:
 
         template = args.prompt_template.replace("\\n", "\n") if args.prompt_template else DEFAULT_TEMPLATE
         labelled = options.read_text(args.task, "--task")
-        questions = read_questions(labelled, Path(args.task).name, template=template, limit=args.limit)
+        fields = options.fields_of(args)
+        questions = read_questions(labelled, Path(args.task).name, template=template, limit=args.limit, fields=fields)
 
     from haomiao.measure.report import ACCURACY_COLUMNS, accuracy_rows
 

@@ -1,7 +1,7 @@
 """Teach a model prompts with their completions, or labels of text; the result opens in every command.
 
 DATA holds JSON lines {"prompt", "completion"}, or labelled text as `haomiao eval --task` reads it: JSON lines
-{"text", "label"}, or label<TAB>text. Each label becomes one token, so that the model decides from the prompt's own
+{"text", "label"}, or a table of both. Each label becomes one token, so that the model decides from the prompt's own
 logits; the commands know these labels by name. All weights are trained, or with --lora low-rank adapters that are
 merged at the end. A part of DATA (or --valid FILE) says when to stop; the best weights are written. An interrupted run
 goes on with the same command. Needs PyTorch: pip install 'haomiao[torch]'.
@@ -30,6 +30,7 @@ def configure(parser: ArgumentParser) -> None:
     add("-o", "--output", required=True, metavar="OUT", help="directory to write; it must not exist or be empty")
     add("--valid", metavar="FILE", help="held-out data of the same form (default: a part of --data)")
     add("--valid-share", type=options.number, help="share of --data that is held out (default 0.1)")
+    options.add_fields(add)
     add("--prompt-template", metavar="TEXT", help="prompt of labelled text; {text} stands for it (default '{text}\\n')")
     add("--lora", type=options.positive, metavar="RANK", help="train adapters of this rank instead of all weights")
     add("--alpha", type=options.number, help="weight of the adapters (default: twice the rank)")
@@ -84,8 +85,11 @@ def run(args: Namespace) -> int:
     from haomiao.train.starting import open_starting
 
     template = args.prompt_template.replace("\\n", "\n") if args.prompt_template else DEFAULT_TEMPLATE
+    fields = options.fields_of(args)
     data, valid = (
-        None if path is None else read_pairs(options.read_text(path, flag), Path(path).name, template=template)
+        None
+        if path is None
+        else read_pairs(options.read_text(path, flag), Path(path).name, template=template, fields=fields)
         for path, flag in ((args.data, "--data"), (args.valid, "--valid"))
     )
     assert data is not None  # the flag is required

@@ -13,6 +13,10 @@ from haomiao.cli import options, terminal
 from haomiao.errors import InputError
 from haomiao.progress import ProgressBar
 
+EMBEDDED: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "min_tokens": 16, "seed": 1}
+"""How the embedded model is sampled unless something is said about it: so small a model goes round in circles when it
+is greedy, and ends at once after a prompt that looks whole."""
+
 
 def configure(parser: ArgumentParser) -> None:
     """Declare the flags."""
@@ -36,6 +40,8 @@ def run(args: Namespace) -> int:
     options.take_environment(args)
     model = model if model is not None else args.model
     asked = options.sampling_options(args)
+    if model is None and not set(asked) - {"max_tokens"}:
+        asked = EMBEDDED | {"min_tokens": min(EMBEDDED["min_tokens"], asked.get("max_tokens", 16))} | asked
 
     from haomiao.api import LLM
 

@@ -233,6 +233,19 @@ def sampling_options(args: Namespace) -> dict[str, Any]:
     return given
 
 
+def add_fields(add: Callable[..., Any]) -> None:
+    """Where labelled data hold text and label."""
+    add("--text-field", metavar="NAME", help="key, column name or column number (from 1) of the text")
+    add("--label-field", metavar="NAME", help="key, column name or column number (from 1) of the label")
+
+
+def fields_of(args: Namespace) -> Any:
+    """`measure.task.Fields` of the flags."""
+    from haomiao.measure.task import Fields
+
+    return Fields(args.text_field, args.label_field)
+
+
 def read_text(path: str, flag: str) -> str:
     """A small text file named on the command line. Raises `InputError` with one line."""
     try:

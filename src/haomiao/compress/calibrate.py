@@ -27,6 +27,11 @@ CHUNK_TOKENS = 1024
 STORED_WIDTH = 3
 """Times the hidden size: wider sets of buffers are computed again rather than written."""
 
+SUM_TOKENS = 8192
+"""Tokens whose squares are added up in float32 before they go into the float64 sum: that costs a pass over it."""
+MIRRORED = 512
+"""Columns of the lower triangle that are copied into the upper at once."""
+
 Consume = Callable[[Buffers], None]
 Tick = Callable[[int], None]
 """Called with the number of tokens that were just computed."""
@@ -47,25 +52,49 @@ def stages(plan: ops.Plan) -> list[Stage]:
 
 
 class Moments:
-    """Second moments XᵀX / N of a layer's inputs, float64 [cols, cols], and their mean magnitude by column."""
+    """Second moments XᵀX / N of a layer's inputs, float64 [cols, cols], and their mean magnitude by column.
+
+    One triangle is added up, by BLAS's symmetric update: half of the multiply-adds of a product. Sums of `SUM_TOKENS`
+    are float32, sums of these float64.
+    """
 
     def __init__(self, cols: int) -> None:
         self.tokens = 0
-        self._squares = np.zeros((cols, cols), np.float64)
+        self._squares = np.zeros((cols, cols), np.float64, order="F")
+        self._part = np.zeros((cols, cols), np.float32, order="F")
+        self._pending = 0
         self._magnitudes = np.zeros(cols, np.float64)
 
     def add(self, x: F32) -> None:
-        """Inputs [tokens, cols]. Products are float32, sums over chunks float64."""
-        self._squares += x.T @ x
-        self._magnitudes += np.abs(x).sum(axis=0, dtype=np.float64)
+        """Inputs [tokens, cols]."""
+        from scipy.linalg.blas import ssyrk
+
+        rows = np.ascontiguousarray(x)
+        beta = 1.0 if self._pending else 0.0
+        self._part = ssyrk(1.0, rows.T, beta=beta, c=self._part, lower=1, overwrite_c=1)
+        self._pending += len(x)
+        if self._pending >= SUM_TOKENS:
+            self._flush()
+        self._magnitudes += np.abs(rows).sum(axis=0)
         self.tokens += len(x)
 
+    def _flush(self) -> None:
+        if self._pending:
+            self._squares += self._part
+            self._pending = 0
+
     def hessian(self) -> F64:
-        """XᵀX / N; the sums are given away, nothing more can be added."""
+        """XᵀX / N, symmetric to the bit; the sums are given away, nothing more can be added."""
+        self._flush()
         squares = self._squares
+        self._squares, self._part = np.zeros((0, 0)), np.zeros((0, 0), np.float32)
         squares /= max(self.tokens, 1)
-        self._squares = np.zeros((0, 0))
-        return squares
+        for begin in range(0, len(squares), MIRRORED):
+            end = min(begin + MIRRORED, len(squares))
+            block = squares[begin:end, begin:end]
+            block[...] = np.tril(block) + np.tril(block, -1).T
+            squares[begin:end, end:] = squares[end:, begin:end].T
+        return squares.T
 
     def magnitudes(self) -> F64:
         """Mean |x| of every column."""

@@ -95,7 +95,8 @@ def _apply(plan: ops.Plan, weights: Weights, buffers: Buffers, ids: I32, op: ops
             buffers[op.target] = buffers[op.target] + buffers[op.source]
         case ops.Glu():
             pairs = buffers[op.source].reshape(len(buffers[op.source]), -1, 2, 32)
-            product = activate(pairs[:, :, 0], op.activation) * pairs[:, :, 1]
+            product = activate(pairs[:, :, 0], op.activation)
+            product *= pairs[:, :, 1]
             buffers[op.out] = product.reshape(len(product), -1)
         case ops.Activate():
             buffers[op.out] = activate(buffers[op.source], op.activation)
@@ -125,8 +126,9 @@ def activate(x: F32, function: ops.Activation) -> F32:
     if function == "gelu_tanh":
         z = np.float32(1.5957691216) * (x + np.float32(0.044715) * x * x * x)  # 2 sqrt(2 / pi)
     with np.errstate(over="ignore"):
-        logistic: F32 = x / (np.float32(1) + np.exp(-z))
-    return logistic
+        divisor: F32 = np.exp(-z)
+    divisor += np.float32(1)
+    return np.divide(x, divisor, out=divisor)
 
 
 def _rotate(spec: ops.RopeSpec, buffer: F32, tokens: int, op: ops.Rope) -> None:
@@ -159,18 +161,22 @@ def _attend(op: ops.Attention, qkv: F32, tokens: int) -> F32:
                 end = min(begin + QUERY_ROWS, tokens)
                 seen = max(0, begin - op.window + 1) if op.window else 0
                 queries = q[s, begin:end, head].transpose(1, 0, 2).reshape(-1, dim)  # [shared * rows, dim]
-                scores = (queries @ keys[seen:end].T) * np.float32(op.scale)
+                scores = (queries * np.float32(op.scale)) @ keys[seen:end].T
                 if op.softcap:
                     cap = np.float32(op.softcap)
                     scores = cap * np.tanh(scores / cap)
-                position, key = np.arange(begin, end)[:, None], np.arange(seen, end)[None, :]
+                grid = scores.reshape(shared, end - begin, -1)
+                # keys before `certain` are seen by every query of the block, unless a window ends among them
+                certain = seen if op.window else begin
+                position, key = np.arange(begin, end)[:, None], np.arange(certain, end)[None, :]
                 hidden = key > position
                 if op.window:
                     hidden |= key <= position - op.window
-                grid = scores.reshape(shared, end - begin, -1)
-                grid[:, hidden] = -np.inf
-                np.exp(scores - scores.max(axis=1, keepdims=True), out=scores)
-                scores /= scores.sum(axis=1, keepdims=True)
-                mixed = (scores @ values[seen:end]).reshape(shared, end - begin, dim)
+                np.copyto(grid[:, :, certain - seen :], np.float32(-np.inf), where=hidden)
+                scores -= scores.max(axis=1, keepdims=True)
+                np.exp(scores, out=scores)
+                mixed = scores @ values[seen:end]
+                mixed /= scores.sum(axis=1, keepdims=True)
+                mixed = mixed.reshape(shared, end - begin, dim)
                 out[s, begin:end, head] = mixed.transpose(1, 0, 2)
     return out.reshape(len(qkv), -1)

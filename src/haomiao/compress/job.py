@@ -75,6 +75,8 @@ def compress(
     an interruption, it goes on (`OUT.partial`); `restart` begins anew. Raises `InputError`, `ModelError`, and
     `UnavailableError` if the disk is full: nothing is lost then.
     """
+    import scipy.linalg.blas  # noqa: F401  (scipy has a BLAS of its own, which must be there when threads are limited)
+
     if samples is None:
         if encode is None:
             raise InputError(f"{source.name} has no tokenizer, so there is no text to calibrate on", param="model")

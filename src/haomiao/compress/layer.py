@@ -19,7 +19,7 @@ from haomiao.compress.prune.masks import (
 from haomiao.compress.prune.sparse import sparsify
 from haomiao.compress.quantize.gptq import Planes, gptq
 from haomiao.compress.recipe import Prune, Recipe
-from haomiao.compress.solver import F64, layer_error
+from haomiao.compress.solver import F64, layer_error, layer_power
 from haomiao.kernels.pack import unpack, unpack_codes
 from haomiao.kernels.packed import PackedTensor
 from haomiao.kernels.rtn import quantize_int8, quantize_planes
@@ -34,7 +34,7 @@ def solve_layer(
     The log holds the sum over outputs of the mean squared error (`error`; of both planes `lo_error`) and what it is of
     the outputs' own power (`relative`).
     """
-    power = float(layer_error(weights, hessian).sum())
+    power = layer_power(weights, hessian)
     target, mask, choose = _pruning(weights, hessian, recipe, share)
     if recipe.method == "rtn" and recipe.bits != 3:
         packed, error, lo_error = _round(weights, target, hessian, recipe, mask)

@@ -27,6 +27,8 @@ BLOCK = 128
 """Columns whose errors are gathered before the columns behind the block are updated, in one matrix product."""
 INNER = 16
 """Columns that are updated one rank at a time, so that they stay in the core's own cache."""
+POWER_COLUMNS = 512
+"""Columns of H that are rounded to float32 at once."""
 MAX_DAMPING = 1e6
 """Times the mean of H's diagonal: beyond it H is not a Hessian but a mistake."""
 
@@ -77,7 +79,7 @@ def factorize(hessian: F64, order: I64 | None = None, *, damping: float = 0.01) 
     reverse = columns[::-1]
     share = damping
     while True:
-        matrix = np.asfortranarray(hessian[np.ix_(reverse, reverse)])
+        matrix = hessian[np.ix_(reverse, reverse)].T  # symmetric, and in the order that LAPACK takes without a copy
         at = np.arange(len(matrix))
         matrix[at, at] += np.where(diagonal[reverse] == 0, 1.0, 0.0) + share * mean
         lower, failed = lapack.dpotrf(matrix, lower=1, clean=1, overwrite_a=1)
@@ -135,3 +137,14 @@ def layer_error(difference: npt.NDArray[Any], hessian: F64) -> F64:
         part = difference[begin : begin + 1024].astype(np.float64)
         out[begin : begin + 1024] = np.einsum("rc,rc->r", part @ hessian, part)
     return out
+
+
+def layer_power(weights: F32, hessian: F64) -> float:
+    """w H wᵀ, summed over the rows of `weights` [rows, cols]: the power of all outputs. Products are float32, a block
+    of columns at a time, their sum is float64."""
+    total = 0.0
+    for begin in range(0, len(hessian), POWER_COLUMNS):
+        columns = slice(begin, begin + POWER_COLUMNS)
+        part = weights @ hessian[:, columns].astype(np.float32)
+        total += float(np.einsum("rc,rc->", part, weights[:, columns], dtype=np.float64))
+    return total

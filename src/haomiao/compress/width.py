@@ -29,7 +29,7 @@ from haomiao.compress.shrink import (
     sizes_of,
     target_width,
 )
-from haomiao.compress.solver import I64, layer_error
+from haomiao.compress.solver import I64, layer_power
 from haomiao.models.plan import Plan
 from haomiao.models.registry import plan_for
 from haomiao.types import F32, I32
@@ -102,7 +102,7 @@ class Behind:
         vectors = {f"{self.block.taker}{TARGET}": fitted}
         if self.block.bias is not None:
             vectors[self.block.bias] = self._vector(self.block.bias)[rows]
-        power = float(layer_error(taker, hessian).sum())
+        power = layer_power(taker, hessian)
         log = {
             "what": "neurons" if self.block.attention is None else "heads",
             "kept": len(kept),

@@ -8,6 +8,8 @@ The rule, per row and group of `group` columns:
   round(w * 2^lo_shift / D), hi its upper part rounded to nearest, lo the rest. (A scale that lets the outermost weights
   clip would help int4 by another 1 % and cost int8 60 %.) i = 2 is |m| / 8: weights that already lie on an int4 grid of
   ggml's kind (Q4_0) come back exactly.
+* nested planes within int8 (heads, so that ggml's Q8_0 holds them): as above where no combined code is below -128;
+  elsewhere |m| / 8 * (32..36) / 32, the codes in [-128, 119].
 * hi plane alone: clipping is allowed; |m| / 8 * (24..35) / 32.
 * int8: |m| / 127.
 
@@ -22,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from haomiao.errors import InputError, ModelError
-from haomiao.kernels.pack import CHUNK_ELEMENTS, pack_int8, pack_planes
+from haomiao.kernels.pack import CHUNK_ELEMENTS, pack_int8, pack_planes, split_codes
 from haomiao.kernels.packed import GROUPS, PackedTensor
-from haomiao.kernels.rtn_reference import divided, refuse_overflow, to_half
+from haomiao.kernels.rtn_reference import INT8_LEAST, divided, quantize_within_int8, refuse_overflow, to_half
 from haomiao.types import F32
 
 _CACHED_ELEMENTS = CHUNK_ELEMENTS // 4
@@ -32,9 +34,15 @@ _CACHED_ELEMENTS = CHUNK_ELEMENTS // 4
 
 
 def quantize_planes(
-    weights: npt.NDArray[Any], group: int = 32, lo_shift: int = 4, with_lo: bool = True
+    weights: npt.NDArray[Any],
+    group: int = 32,
+    lo_shift: int = 4,
+    with_lo: bool = True,
+    *,
+    within_int8: bool = False,
 ) -> PackedTensor:
-    """Round a matrix [rows, cols] of floats to nested planes, or to the hi plane alone (`with_lo=False`).
+    """Round a matrix [rows, cols] of floats to nested planes, or to the hi plane alone (`with_lo=False`);
+    `within_int8`: no combined code is below -128.
 
     Raises `ModelError` for weights that are NaN, infinite, or too great for a float16 scale (about 5e5).
     """
@@ -53,6 +61,8 @@ def quantize_planes(
         lower = np.empty(blocks.shape, np.int8) if with_lo else None
         if not _core.quantize_planes(blocks, lo_shift, found, upper, lower):
             raise ModelError("a weight is too great for a float16 scale")
+        if within_int8 and lower is not None:
+            _within_int8(blocks, lo_shift, found, upper, lower)
         count = part.stop - part.start
         scales[part] = found.reshape(count, -1)
         hi[part] = upper.reshape(count, -1)[:, :cols]
@@ -74,6 +84,14 @@ def quantize_int8(weights: npt.NDArray[Any], group: int = 32) -> PackedTensor:
         codes[part] = rounded.reshape(part.stop - part.start, -1)[:, :cols].astype(np.int8)
         scales[part] = found.reshape(part.stop - part.start, -1)
     return pack_int8(codes, scales, group)
+
+
+def _within_int8(blocks: F32, lo_shift: int, scales: F32, hi: npt.NDArray[np.int8], lo: npt.NDArray[np.int8]) -> None:
+    """Round anew, in place, the groups that hold a combined code below -128."""
+    beyond = np.flatnonzero(((hi.astype(np.int16) << lo_shift) + lo).min(axis=1) < INT8_LEAST)
+    if len(beyond):
+        scales[beyond], codes = quantize_within_int8(blocks[beyond], lo_shift)
+        hi[beyond], lo[beyond] = split_codes(codes, lo_shift)
 
 
 def _check(weights: npt.NDArray[Any], group: int) -> tuple[int, int]:

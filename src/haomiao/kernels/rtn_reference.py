@@ -15,6 +15,8 @@ from haomiao.errors import ModelError
 from haomiao.types import F32
 
 NESTED_FACTORS = tuple(i / 32 for i in range(32, 40))
+WITHIN_INT8_FACTORS = tuple(i / 32 for i in range(32, 37))
+INT8_LEAST = -128
 SINGLE_FACTORS = tuple(i / 32 for i in range(24, 36))
 
 
@@ -30,6 +32,16 @@ def quantize_nested(x: F32, lo_shift: int) -> tuple[F32, npt.NDArray[np.int16]]:
     scales = _best_scale(x, np.where(negative, cover, -cover), NESTED_FACTORS)
     codes = np.clip(np.rint(divided(x, scales / np.float32(step))), np.float32(least), np.float32(greatest))
     return scales, codes.astype(np.int16)
+
+
+def quantize_within_int8(x: F32, lo_shift: int) -> tuple[F32, npt.NDArray[np.int16]]:
+    """As `quantize_nested`, for groups whose codes it puts below -128: in [-128, 119] for `lo_shift` 4."""
+    step = 1 << lo_shift
+    top, bottom = x.max(axis=1), x.min(axis=1)
+    extreme = np.where(top <= -bottom, bottom, top)
+    scales = _best_scale(x, extreme / np.float32(-8), WITHIN_INT8_FACTORS)
+    codes = np.rint(divided(x, scales / np.float32(step)))
+    return scales, np.clip(codes, max(INT8_LEAST, -8 * step - 8), 7 * step + 7).astype(np.int16)
 
 
 def quantize_single(x: F32) -> tuple[F32, npt.NDArray[np.int16]]:

@@ -105,8 +105,9 @@ class Encoder:
         self.rounded += 1
         if spec.role == "embedding":
             return quantize_int8(self.weights(spec), self.group)
-        # the head keeps both planes at every point (types.Point.head)
-        return quantize_planes(self.weights(spec), self.group, self.lo_shift, self.with_lo or spec.role == "head")
+        # the head keeps both planes at every point (types.Point.head), in codes that an export to GGUF can keep too
+        head = spec.role == "head"
+        return quantize_planes(self.weights(spec), self.group, self.lo_shift, self.with_lo or head, within_int8=head)
 
     def _floats(self, spec: WeightSpec) -> PackedTensor:
         stored_bf16 = all(self.source.dtype(self.names[name]) == "bf16" for name in spec.sources)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from haomiao.errors import InputError
-from haomiao.measure.task import DEFAULT_TEMPLATE, MAX_LINES, read_questions
+from haomiao.measure.task import DEFAULT_TEMPLATE, MAX_LINES, USUAL, Fields, read_questions
 from haomiao.text.tokenizer import Tokenizer
 
 IGNORED = -100
@@ -44,12 +44,12 @@ class Pairs:
     """Made the prompts out of labelled text."""
 
 
-def read_pairs(text: str, where: str, *, template: str = DEFAULT_TEMPLATE) -> Pairs:
+def read_pairs(text: str, where: str, *, template: str = DEFAULT_TEMPLATE, fields: Fields = USUAL) -> Pairs:
     """Prompts and completions of a file. Raises `InputError` naming the line that is wrong."""
     lines = [line for line in text.splitlines() if line.strip()]
     if lines and lines[0].lstrip().startswith("{") and '"completion"' in lines[0]:
         return Pairs(tuple(_completions(lines, where)), False)
-    questions = read_questions(text, where, template=template)
+    questions = read_questions(text, where, template=template, fields=fields)
     return Pairs(tuple((q.prompt, q.choices[q.answer]) for q in questions), True, template)
 
 

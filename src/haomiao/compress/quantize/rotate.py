@@ -132,7 +132,7 @@ class Rotation:
         values = encoder.weights(spec)
         if spec.role == "embedding":
             return quantize_int8(values @ self._turn, group)
-        return quantize_planes(self.matrix(spec, values), group)
+        return quantize_planes(self.matrix(spec, values), group, within_int8=True)
 
     def _turn_values(self, name: str, values: F32) -> F32:
         first, heads, dim = self._values[name]

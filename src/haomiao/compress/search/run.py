@@ -22,8 +22,8 @@ from haomiao.load.artifact import ArtifactWriter
 from haomiao.models.convert import carry_files
 
 Tell = Callable[[dict[str, Any]], None]
-"""Called with every point of the way: `ms`, `ms_measured`, `kl`, `kl_low`, `kl_high`, `top1`, `mb`, and what the model
-consists of."""
+"""Called with every point of the way: `ms`, `ms_predicted` (before the point itself was timed), `ms_measured`, `kl`,
+`kl_low`, `kl_high`, `top1`, `mb`, and what the model consists of."""
 
 LEDGER = "8000-ledger"
 FEW = 4
@@ -115,6 +115,7 @@ class Search:
     def point(self, state: State, name: str) -> dict[str, Any]:
         """A point of the way, measured in full and told."""
         figures = self._measured(f"all {state.key()}", lambda: self._figures(state, 0))
+        predicted = self.ms(state)
         measured = self._time(state)
         self._pairs.append((self._features_of(state), measured))
         self._cost = CostModel(self._pairs)
@@ -122,6 +123,7 @@ class Search:
         found = {
             "step": name,
             "ms": self.ms(state),
+            "ms_predicted": predicted,
             "ms_measured": measured,
             "kl": kl["estimate"],
             "kl_low": kl["low"],
