@@ -29,7 +29,7 @@ KV_SPLIT_TOKENS = 512
 Planes: TypeAlias = Literal["full", "bf16", "hi", "hi+lo"]
 KvType: TypeAlias = Literal["f32", "bf16", "int8"]
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter"]
-Outcome: TypeAlias = Literal["met", "met_lower_point", "truncated", "missed", "refused"]
+Outcome: TypeAlias = Literal["met", "met_lower_point", "met_single_prefill", "truncated", "missed", "refused"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ request is gone within a step, and what the wall clock does is nobody's business
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -302,7 +303,7 @@ ASKED = st.fixed_dictionaries(
         "tokens": st.integers(1, 40),
         "budget": st.none() | st.floats(2, 400),
         "how": st.sampled_from(["degrade", "degrade", "truncate", "refuse"]),
-        "work": st.sampled_from(["generate", "generate", "generate", "choose"]),
+        "work": st.sampled_from(["generate", "generate", "generate", "choose", "finite"]),
         "seed": st.integers(0, 9),
     }
 )
@@ -316,6 +317,9 @@ def request_of(asked: dict[str, Any], clock: Clock) -> EngineRequest:
     if asked["work"] == "choose":
         options = tuple(tuple(prompt_of(size, size)) for size in (1, 2, 3))
         return EngineRequest(prompt, work="choose", options=options, **fields)
+    if asked["work"] == "finite":  # chosen if there is no time to generate it
+        pattern = [(1, 2), *[(3,)] * 9]
+        fields |= {"constraint": PatternConstraint(pattern), "all_answers": lambda: [*itertools.product(*pattern)]}
     return ask(prompt, max_tokens=asked["tokens"], ignore_eos=asked["seed"] % 2 == 0, **fields)
 
 

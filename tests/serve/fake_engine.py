@@ -1,7 +1,8 @@
 """An engine process that computes nothing: it answers with numbered words, and does what a test tells it to.
 
 Options (`Settings.options`): `pause` seconds a token; `hang_at`, `crash_at` the token at which it stops or dies, in a
-request whose seed is 666; `files` a directory with tokenizer files (default: the embedded model's); `hidden_size`.
+request whose seed is 666; `files` a directory with tokenizer files (default: the embedded model's); `hidden_size`. A
+request whose seed is 777 is answered as by a single prefill.
 """
 
 from __future__ import annotations
@@ -91,6 +92,9 @@ class FakeEngine:
         start = time.monotonic_ns()
         wanted = submit.sampling.max_tokens if submit.work == "generate" else 0
         detail = "max_tokens" if submit.work == "generate" else "done"
+        chosen = submit.sampling.seed == 777
+        if chosen:
+            wanted, detail = 1, "single_prefill"
         for number in range(wanted):
             if submit.id in self._cancelled:
                 self._busy -= 1
@@ -109,6 +113,7 @@ class FakeEngine:
             prompt_tokens=len(submit.token_ids),
             completion_tokens=wanted,
             schedule=[ScheduleEntry("int8", wanted, wanted)],
+            outcome="met_single_prefill" if chosen else None,
         )
         embedding = np.array([3.0, 4.0, 0.0, submit.token_ids[0]], "<f4").tobytes() if submit.token_ids else None
         scores = [-float(index) for index, _ in enumerate(submit.options)] or None
@@ -117,7 +122,7 @@ class FakeEngine:
                 Done(
                     id=submit.id,
                     sample=sample,
-                    finish_reason="length" if wanted else "stop",
+                    finish_reason="length" if wanted and not chosen else "stop",
                     finish_detail=detail,  # type: ignore[arg-type]
                     receipt=receipt,
                     scores=scores,

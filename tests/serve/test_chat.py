@@ -63,6 +63,24 @@ def test_choice_takes_one_prefill(live: Running) -> None:
     assert max(scores, key=scores.__getitem__) == body["choices"][0]["message"]["content"]
 
 
+def test_an_answer_that_was_chosen_instead_of_generated(start) -> None:  # type: ignore[no-untyped-def]
+    """Its text comes as any other, and all that is said about it says so."""
+    server = start()
+    body = {**CHAT, "seed": 777, "structured_outputs": {"regex": "yes|no"}, "budget_ms": 50}
+    whole = server.http.post("/v1/chat/completions", json=body).json()
+    assert whole["choices"][0]["message"]["content"] == " w0" and whole["choices"][0]["finish_reason"] == "stop"
+    assert whole["usage"]["completion_tokens"] == 1
+    assert whole["haomiao"]["finish_detail"] == "single_prefill" and "scores" not in whole["haomiao"]
+    assert whole["haomiao"]["receipt"]["outcome"] == "met_single_prefill"
+    streamed = server.http.post("/v1/chat/completions", json={**body, "stream": True}).text
+    *chunks, last = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == " w0"
+    assert last["choices"][0]["finish_reason"] == "stop" and last["haomiao"]["finish_detail"] == "single_prefill"
+    answer = server.http.post("/v1/responses", json={"input": "hello", "seed": 777, "budget_ms": 50}).json()
+    assert answer["status"] == "completed" and answer["output"][0]["content"][0]["text"] == " w0"
+    assert 'outcome="met_single_prefill"} 3.0' in server.http.get("/metrics").text
+
+
 def test_fake_engine_answers(start) -> None:  # type: ignore[no-untyped-def]
     body = start().http.post("/v1/chat/completions", json=CHAT).json()
     assert body["choices"][0]["message"]["content"] == " w0 w1 w2 w3"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from haomiao.errors import BudgetError
 from haomiao.serve.engine_loop import EngineLoop
 from haomiao.serve.messages import Cancel, Constraint, Done, Hello, Open, Refused, Submit, Token
 from haomiao.types import SamplingParams
@@ -73,6 +75,52 @@ def test_an_answer(loop: Loop) -> None:
     assert isinstance(done, Done) and done.finish_detail == "max_tokens"
     assert sum(len(token.token_ids) for token in tokens if isinstance(token, Token)) == 5
     assert done.receipt.completion_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "texts"),
+    [
+        ("regex", "yes|no|maybe", ["yes", "no", "maybe"]),
+        ("choice", ["是", "否"], ["是", "否"]),
+        ("json_schema", {"enum": ["a", 1]}, ['"a"', "1"]),
+        (
+            "json_schema",
+            {
+                "type": "object",
+                "properties": {"sure": {"type": "boolean"}, "mood": {"const": "good"}},
+                "required": ["sure", "mood"],
+                "additionalProperties": False,
+            },
+            ['{"sure":true,"mood":"good"}', '{"sure":false,"mood":"good"}'],
+        ),
+    ],
+)
+def test_few_answers_are_chosen_among_when_there_is_no_time(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, kind: str, value: Any, texts: list[str]
+) -> None:
+    """Its text comes as tokens, as if it had been generated, and is the likeliest of all that the constraint allows."""
+    engine, tokenizer = loop.loop.engine, loop.loop._llm.requests.need_tokenizer()
+    admit = engine.budgets.admit
+
+    def no_time_to_generate(job: Any, now: int) -> None:
+        if job.request.work == "generate":
+            raise BudgetError("no time", predicted_ms=1e6)
+        admit(job, now)
+
+    monkeypatch.setattr(engine.budgets, "admit", no_time_to_generate)
+    now, number = time.monotonic_ns(), 500 + hash(str(value)) % 100_000
+    fields = {"constraint": Constraint(kind=kind, text=json.dumps(value)), "deadline_ns": now + 60_000_000_000}
+    *tokens, done = loop.ask(submit(number, sampling=SamplingParams(max_tokens=40), **fields))
+    assert isinstance(done, Done) and done.finish_detail == "single_prefill" and done.finish_reason == "stop"
+    told = [id_ for token in tokens for id_ in token.token_ids]
+    options = [tokenizer.encode_part(text, False) for text in texts]
+    scored = loop.ask(submit(number + 1, work="choose", options=options, deadline_ns=fields["deadline_ns"]))[-1]
+    best = max(range(len(texts)), key=scored.scores.__getitem__)
+    assert told == options[best] and "".join(token.text for token in tokens) == texts[best]
+    assert done.receipt.completion_tokens == len(told) and done.scores is None
+    assert loop.loop._jobs == {} and loop.loop._ids == {}
+    several = SamplingParams(max_tokens=40, n=2)
+    assert isinstance(loop.ask(submit(number + 2, sampling=several, **fields))[-1], Refused)
 
 
 @pytest.mark.parametrize(

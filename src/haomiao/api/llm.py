@@ -217,10 +217,11 @@ class LLM:
         `prompt_logprobs`. Without `max_tokens`, 256 or what the context leaves.
 
         Time: `budget_ms` for the whole answer and `ttft_ms` for the first token, both from this call on; `on_budget`
-        says what may be given up to keep them: `degrade` (default: a lower point, then fewer tokens), `truncate` (fewer
-        tokens), `refuse` (nothing); `min_point` and `max_kl` (nats per token, as measured for the artifact) limit the
-        points. What cannot be kept is refused at once: `BudgetError` if not even by an idle machine, `OverloadError` if
-        not beside the other requests; both have `predicted_ms`. `DeadlineError` if time ran out before the first token.
+        says what may be given up to keep them: `degrade` (default: a lower point, then fewer tokens, then generating at
+        all: where a constraint allows few answers, the likeliest is chosen in one prefill), `truncate` (fewer tokens),
+        `refuse` (nothing); `min_point` and `max_kl` (nats per token, as measured for the artifact) limit the points.
+        What cannot be kept is refused at once: `BudgetError` if not even by an idle machine, `OverloadError` if not
+        beside the other requests; both have `predicted_ms`. `DeadlineError` if time ran out before the first token.
         The first budget on a machine waits for `calibrate`, before its clock starts.
 
         Returns a `Completion`; a list of them for `n` > 1; for a list of texts, a list with one such result each.

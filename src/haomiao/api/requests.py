@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from haomiao.engine.request import EngineRequest
 from haomiao.errors import InputError
-from haomiao.types import SamplingParams, SentenceClose, StopMatcher, TokenConstraint
+from haomiao.types import SamplingParams, SentenceClose, StopMatcher
 
 if TYPE_CHECKING:
     from haomiao.text.template import ChatTemplate
@@ -70,12 +70,12 @@ class RequestMaker:
             prompt_ids,
             sampling=sampling,
             point=options.get("point"),
-            constraint=self._constraint(options),
             stop=self.matcher(sampling.stop, prompt_ids),
             prompt_logprobs=options.get("prompt_logprobs"),
             close=self.sentence_close() if budget.get("deadline_ns") is not None else None,
             salt=options.get("salt", b""),
             speculate=options.get("speculate"),
+            **self._constraint(options),
             **budget,
             **more,
         )
@@ -148,18 +148,27 @@ class RequestMaker:
         known = [token_id for token_id in prompt_ids if token_id < tokenizer.vocab_size]
         return lambda: _Padded(StopStrings(Detokenizer(tokenizer, after=known), stops), tokenizer.vocab_size)
 
-    def _constraint(self, options: Mapping[str, Any]) -> TokenConstraint | None:
+    def _constraint(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What the answer must look like; at most one of the ways to say it."""
         asked = [name for name in CONSTRAINTS if options.get(name) not in (None, False)]
         if not asked:
-            return None
+            return {}
         if len(asked) > 1:
             raise InputError(f"only one of {' and '.join(asked)} can be asked for", param=asked[1])
-        from haomiao.text.constraint import compile_constraint
+        return self.constrained(asked[0], None if asked[0] == "json_object" else options[asked[0]])
 
-        kind: Any = asked[0]
-        value = None if kind == "json_object" else options[kind]
-        return compile_constraint(self.need_tokenizer(), kind, value, vocab_size=self.vocab_size)
+    def constrained(self, kind: Any, value: Any) -> dict[str, Any]:
+        """A constraint of `text.constraint.compile_constraint`, as fields of an `EngineRequest`. Raises what that
+        refuses."""
+        from haomiao.text.constraint import compile_constraint
+        from haomiao.text.finite import all_answers
+
+        tokenizer = self.need_tokenizer()
+        constraint = compile_constraint(tokenizer, kind, value, vocab_size=self.vocab_size)
+        return {
+            "constraint": constraint,
+            "all_answers": lambda: all_answers(tokenizer, constraint, kind, value),
+        }
 
     def options_of(
         self, prompt: str | Sequence[int], options: Sequence[str]

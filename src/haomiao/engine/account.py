@@ -94,4 +94,6 @@ def _outcome(
         return "missed"
     if detail == "budget_exhausted":
         return "truncated"
+    if detail == "single_prefill":
+        return "met_single_prefill"
     return "met_lower_point" if any(entry.point != job.point for entry in schedule) else "met"

@@ -1,13 +1,17 @@
 """A choice among options: its prompt, computed once, and the options that branch off and are scored.
 
-Knows sequences and rows of logits; nothing of batches or of how scores are compared.
+An answer of a grammar that allows few may be chosen so when there is no time to generate it: its likeliest option is
+then told as its text. Knows sequences and rows of logits; nothing of batches and budgets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 from haomiao.engine.logprobs import any_logprob
+from haomiao.engine.request import EngineRequest
 from haomiao.engine.sequence import Job, Progress, Rows, Sequence
 
 
@@ -28,6 +32,9 @@ class ChoicePrompt(Sequence):
             return []
         self.job.scores = [0.0] * len(self.job.request.options)
         return [Option(self.job, self.tokens, option, index) for index, option in enumerate(self.job.request.options)]
+
+    def consume(self, rows: Rows | None) -> Progress:
+        return _ending(self.job) if self.length >= self.target else Progress()
 
 
 class Option(Sequence):
@@ -72,7 +79,34 @@ class Option(Sequence):
             return Progress()
         if self.job.request.normalize:
             self.job.scores[self.sample] /= self.target + 1 - self.prompt_length
+        return _ending(self.job)
+
+
+def _ending(job: Job) -> Progress:
+    """The end of one of the job's sequences; that of the last one brings the answer that was chosen."""
+    if not job.single_prefill or job.open > 1:
         return Progress(detail="done")
+    answer = list(job.request.options[max(range(len(job.scores)), key=job.scores.__getitem__)])
+    matcher = job.request.stop() if job.request.stop else None
+    text = "" if matcher is None else "".join(map(matcher.push, answer)) + matcher.flush()
+    return Progress(answer, text, detail="single_prefill")
+
+
+def ways(request: EngineRequest) -> Iterator[EngineRequest]:
+    """How a request may be answered, in the order in which that is tried: as it asks, then, if its budget may be
+    degraded, by choosing among all its answers. What a choice cannot give (several samples, log-probabilities, an
+    answer cut by a stop or bent by biases) is never chosen."""
+    yield request
+    params = request.sampling
+    bent = params.stop or params.stop_token_ids or params.logit_bias or params.ignore_eos
+    more = params.n > 1 or params.logprobs is not None or request.prompt_logprobs is not None
+    budgeted = request.deadline_ns is not None or request.ttft_deadline_ns is not None
+    if request.work != "generate" or request.all_answers is None or bent or more:
+        return
+    if request.on_budget == "degrade" and budgeted:
+        options = tuple(tuple(answer) for answer in request.all_answers())
+        if options and max(map(len, options)) <= params.max_tokens:
+            yield replace(request, work="choose", options=options)
 
 
 def option_tokens(job: Job) -> list[int]:

@@ -9,6 +9,7 @@ clock but the one it is given. `submit` and `cancel` may be called from other th
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ from haomiao.engine.admission import Limits, check_request
 from haomiao.engine.alike import plan
 from haomiao.engine.batch import Share, make_batch, shape_of, work_of
 from haomiao.engine.budgets import Budgets
+from haomiao.engine.choice import ways
 from haomiao.engine.cost import LearningCost, StepShape
 from haomiao.engine.emission import Emission, take_back
 from haomiao.engine.forecast import Work
@@ -133,19 +135,24 @@ class Engine:
         """Queue a request and return its id.
 
         Raises what `admission.check_request` does, `OverloadError` if the queue is full, and for a budget that cannot
-        be kept `BudgetError` (not even by an idle machine) or `OverloadError` (not beside the others); these two carry
-        the predicted time, and the observers get their receipt.
+        be kept in any of its `choice.ways` `BudgetError` (not even by an idle machine) or `OverloadError` (not beside
+        the others); these two carry the least predicted time, and the observers get their receipt.
         """
-        job = self._accept(request)
-        try:
-            self.budgets.describe(job)
-            job.cached_tokens = self._roster.cached(job)
-            self.budgets.admit(job, self._clock())
-        except (BudgetError, OverloadError) as error:
-            self._refused.append((job, error))
-            raise
-        self._inbox.append(job)
-        return job.id
+        refusals: list[tuple[Job, HaomiaoError]] = []
+        for way in ways(request):
+            job = self._accept(way)
+            try:
+                self.budgets.describe(job)
+                job.cached_tokens = self._roster.cached(job)
+                self.budgets.admit(job, self._clock())
+            except (BudgetError, OverloadError) as error:
+                refusals.append((job, error))
+            else:
+                self._inbox.append(job)
+                return job.id
+        least = min(refusals, key=lambda refusal: refusal[1].predicted_ms or math.inf)
+        self._refused.append(least)
+        raise least[1]
 
     def cancel(self, request_id: int) -> None:
         """End a request; everything it holds is free after the next `settle` or `step`. Unknown ids are ignored."""

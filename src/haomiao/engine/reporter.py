@@ -43,30 +43,31 @@ class Reporter:
     def tell(self, sequence: Live, progress: Progress, now: int) -> Receipt | None:
         """Turn a sequence's progress into events, and let it go if it ended: then its receipt is returned."""
         job, detail = sequence.job, progress.detail
+        generated = isinstance(sequence, Generation)
+        sample = sequence.sample if generated else 0
         if progress.token_ids or progress.text:
             if sequence.first_token_ns is None:
                 sequence.first_token_ns = now
             logprobs = None if job.request.sampling.logprobs is None else progress.logprobs
-            self._events.append(
-                TokenEvent(job.id, sequence.sample, progress.token_ids, progress.text, logprobs, sequence.point)
-            )
+            self._events.append(TokenEvent(job.id, sample, progress.token_ids, progress.text, logprobs, sequence.point))
         if detail is None:
             return None
         self._roster.leave(sequence)
-        generated = isinstance(sequence, Generation)
         if not generated and job.open:
             return None  # a choice ends with its last option
         if self._ended is not None:
             self._ended(job, sequence, now, detail)
         receipt = make_receipt(self._letterhead, job, sequence, now, detail=detail)
+        if job.single_prefill:
+            receipt.completion_tokens = len(progress.token_ids)  # the answer's, not those of the last option scored
         self._finish(
             DoneEvent(
                 job.id,
-                sequence.sample if generated else 0,
+                sample,
                 receipt,
                 finish_reason=FINISH_REASONS[detail],
                 finish_detail=detail,
-                scores=job.scores if job.request.work == "choose" else None,
+                scores=job.scores if job.request.work == "choose" and not job.single_prefill else None,
                 logits=sequence.logits if isinstance(sequence, Reading) else None,
                 embedding=sequence.mean if isinstance(sequence, Embedding) else None,
                 prompt_logprobs=sequence.prompt_logprobs if isinstance(sequence, Generation) else None,

@@ -25,9 +25,17 @@ from haomiao.types import (
 Work: TypeAlias = Literal["generate", "prefill", "choose", "logits", "embed"]
 WORKS: tuple[str, ...] = get_args(Work)
 FinishDetail: TypeAlias = Literal[
-    "eos", "stop_token", "stop_string", "max_tokens", "constraint_complete", "budget_exhausted", "done"
+    "eos",
+    "stop_token",
+    "stop_string",
+    "max_tokens",
+    "constraint_complete",
+    "single_prefill",
+    "budget_exhausted",
+    "done",
 ]
-"""Why exactly an answer ended; `done` is that of work that generates nothing."""
+"""Why exactly an answer ended; `done` is that of work that generates nothing, `single_prefill` that of an answer that
+was chosen instead of generated."""
 OnBudget: TypeAlias = Literal["degrade", "truncate", "refuse"]
 
 FINISH_REASONS: dict[FinishDetail, FinishReason] = {
@@ -35,6 +43,7 @@ FINISH_REASONS: dict[FinishDetail, FinishReason] = {
     "stop_token": "stop",
     "stop_string": "stop",
     "constraint_complete": "stop",
+    "single_prefill": "stop",
     "done": "stop",
     "max_tokens": "length",
     "budget_exhausted": "length",
@@ -58,6 +67,9 @@ class EngineRequest:
     """Operating point; None is the engine's own."""
     constraint: TokenConstraint | None = None
     """Forked for every sample; the object itself is not advanced."""
+    all_answers: Callable[[], Sequence[Sequence[int]]] | None = None
+    """Gives every answer that `constraint` allows, as token ids, where they are few, else none. Asked only when a
+    budget that may be degraded cannot be kept by generating: the likeliest answer is then told after one prefill."""
     stop: Callable[[], StopMatcher] | None = None
     """Makes one matcher per sample; without it events carry no text."""
     prompt_logprobs: int | None = None
@@ -69,8 +81,8 @@ class EngineRequest:
     itl_ns: int | None = None
     """Inter-token budget: it bounds the prefill chunks of others."""
     on_budget: OnBudget = "degrade"
-    """What may be given up to keep the budget: `degrade` the point, then tokens; `truncate` tokens only; `refuse`
-    neither, so that a request which cannot be kept whole is turned away."""
+    """What may be given up to keep the budget: `degrade` the point, then tokens, then generation (`all_answers`);
+    `truncate` tokens only; `refuse` nothing, so that a request which cannot be kept whole is turned away."""
     min_point: str | None = None
     """The least accurate point that this request may run at; None leaves it to the engine."""
     max_kl: float | None = None

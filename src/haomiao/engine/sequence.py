@@ -62,6 +62,11 @@ class Job:
         return self.points[0]
 
     @property
+    def single_prefill(self) -> bool:
+        """It is a choice that stands for an answer which there was no time to generate."""
+        return self.request.work == "choose" and self.request.all_answers is not None
+
+    @property
     def budgeted(self) -> bool:
         """It has a deadline."""
         return self.request.deadline_ns is not None or self.request.ttft_deadline_ns is not None

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from haomiao.engine.engine import Engine
 from haomiao.engine.request import DoneEvent, EngineRequest, Event, TokenEvent
@@ -35,7 +34,7 @@ from haomiao.serve.messages import (
     Submit,
     Token,
 )
-from haomiao.types import KV_BLOCK_TOKENS, TokenConstraint
+from haomiao.types import KV_BLOCK_TOKENS
 
 WARM_UP_TOKENS = 64
 GAUGE_SECONDS = 15.0
@@ -221,6 +220,9 @@ class EngineLoop:
     def _request(self, message: Submit, session: int | None, prompt: list[int] | None) -> EngineRequest:
         ids = message.token_ids if prompt is None else prompt
         sampling = replace(message.sampling, logit_bias=dict(message.sampling.logit_bias))
+        asked, constrained = message.constraint, {}
+        if asked is not None:
+            constrained = self._llm.requests.constrained(asked.kind, json.loads(asked.text))
         return EngineRequest(
             ids,
             sampling=sampling,
@@ -228,7 +230,6 @@ class EngineLoop:
             options=tuple(tuple(option) for option in message.options),
             normalize=message.normalize,
             point=message.point,
-            constraint=self._constraint(message.constraint),
             stop=self._llm.requests.matcher(sampling.stop, ids) if message.work == "generate" else None,
             prompt_logprobs=message.prompt_logprobs,
             arrival_ns=message.arrival_ns,
@@ -239,16 +240,8 @@ class EngineLoop:
             max_kl=message.max_kl,
             salt=message.salt,
             session=session,
+            **constrained,
         )
-
-    def _constraint(self, asked: messages.Constraint | None) -> TokenConstraint | None:
-        if asked is None:
-            return None
-        from haomiao.text.constraint import compile_constraint
-
-        kind: Any = asked.kind
-        tokenizer = self._llm.requests.need_tokenizer()
-        return compile_constraint(tokenizer, kind, json.loads(asked.text), vocab_size=self._llm.vocab_size)
 
     def _hello(self) -> Hello:
         llm, pool = self._llm, self.engine.pool

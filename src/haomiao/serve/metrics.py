@@ -17,7 +17,7 @@ PREFIX = "haomiao:"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
-OUTCOMES = frozenset(["met", "met_lower_point", "truncated", "missed", "refused"])
+OUTCOMES = frozenset(["met", "met_lower_point", "met_single_prefill", "truncated", "missed", "refused"])
 
 
 class Metrics:

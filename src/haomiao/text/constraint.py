@@ -128,6 +128,10 @@ class GrammarConstraint:
         """True if the answer may end here."""
         return self._ended() or bool(self._matcher.is_accepting())
 
+    def longest_tokens(self, text: str) -> list[int]:
+        """A text in the longest tokens there are, without what the tokenizer puts in front of a text."""
+        return list(self._grammars.trie.greedy_tokenize(text))
+
     def fork(self) -> GrammarConstraint:
         """An independent copy at the same position."""
         copy = GrammarConstraint(self._grammars, self._matcher.deep_copy(), self._vocab)

@@ -15,7 +15,7 @@ export function summary(metrics) {
   const predictions = metrics.get("predictions_total") ?? 0;
   const live = [...metrics].find(([name]) => /(step|live)_kl$/.test(name));
   return {
-    met: outcome(metrics, "met") + outcome(metrics, "met_lower_point") + outcome(metrics, "truncated"),
+    met: ["met", "met_lower_point", "met_single_prefill", "truncated"].reduce((sum, name) => sum + outcome(metrics, name), 0),
     missed: outcome(metrics, "missed"),
     refused: outcome(metrics, "refused"),
     coverage: predictions ? metrics.get("predictions_covered_total") / predictions : null,
