@@ -128,6 +128,11 @@ class GrammarConstraint:
         """True if the answer may end here."""
         return self._ended() or bool(self._matcher.is_accepting())
 
+    def takes(self, token_ids: Sequence[int]) -> bool:
+        """True if these tokens, none of which ends the answer, complete it from here. Advances nothing."""
+        trial = self._matcher.deep_copy()
+        return bool(trial.try_consume_tokens(list(token_ids)) == len(token_ids) and trial.is_accepting())
+
     def longest_tokens(self, text: str) -> list[int]:
         """A text in the longest tokens there are, without what the tokenizer puts in front of a text."""
         return list(self._grammars.trie.greedy_tokenize(text))

@@ -59,13 +59,12 @@ def finite_texts(kind: str, value: Any) -> tuple[str, ...]:
 def _spelled(tokenizer: Tokenizer, constraint: GrammarConstraint, text: str) -> tuple[int, ...] | None:
     """Tokens of a text that the constraint takes as a whole answer: the tokenizer's, unless that puts a space first."""
     try:
-        for ids in (tokenizer.encode_part(text, False), constraint.longest_tokens(text)):
-            trial = constraint.fork()
-            if len(ids) <= MAX_TOKENS and all(map(trial.accept, ids)) and trial.is_complete():
-                return tuple(ids)
+        ids = tokenizer.encode_part(text, False)
+        if not constraint.takes(ids):
+            ids = constraint.longest_tokens(text)
     except HaomiaoError:  # it will be said when the grammar is used
-        pass
-    return None
+        return None
+    return tuple(ids) if len(ids) <= MAX_TOKENS and constraint.takes(ids) else None
 
 
 # ---- regular expressions --------------------------------------------------------------------------------------------
