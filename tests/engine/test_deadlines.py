@@ -317,9 +317,10 @@ def request_of(asked: dict[str, Any], clock: Clock) -> EngineRequest:
     if asked["work"] == "choose":
         options = tuple(tuple(prompt_of(size, size)) for size in (1, 2, 3))
         return EngineRequest(prompt, work="choose", options=options, **fields)
-    if asked["work"] == "finite":  # chosen if there is no time to generate it
+    if asked["work"] == "finite" and budget is not None:  # chosen where there is no time to generate it
         pattern = [(1, 2), *[(3,)] * 9]
         fields |= {"constraint": PatternConstraint(pattern), "all_answers": lambda: [*itertools.product(*pattern)]}
+        return ask(prompt, max_tokens=40, **{**fields, "deadline_ns": within(clock, 3 + budget / 20)})
     return ask(prompt, max_tokens=asked["tokens"], ignore_eos=asked["seed"] % 2 == 0, **fields)
 
 
