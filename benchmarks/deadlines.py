@@ -180,7 +180,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for contender in taking_part:
         port = free_port()
         with running(contender.command(port), port, folder / "server.log") as url:
-            plain: Dialect = Haomiao() if contender.name == "haomiao" else Stock()
+            plain = Stock() if contender.name.startswith("llama") else contender.dialect({}, url)
             contender.unloaded_ms = unloaded(url, mix, plain, args.unloaded)
             if not contender.capacity:
                 contender.capacity = max(capacity(url, mix, plain, n, args.requests // 2) for n in args.slots)
