@@ -125,7 +125,7 @@ def test_a_pruned_artifact_recovers_and_stays_pruned(folder: Path, tmp_path: Pat
     assert report is not None
     for point in ("int8", "int4"):
         before, after = (report["errors"][when][point]["kl"]["estimate"] for when in ("before", "after"))
-        assert after < 0.5 * before
+        assert after < 0.6 * before
     old, new = Artifact.open(folder / "small"), Artifact.open(tmp_path / "out")
     assert new.meta["errors"]["int4"]["kl"] == report["errors"]["after"]["int4"]["kl"]
     for name, tensor in old.tensors.items():
