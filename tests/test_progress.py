@@ -38,6 +38,9 @@ def test_silent_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_total_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
     with ProgressBar() as bar:
         bar("waiting", 0, 0)
+    assert "waiting" in terminal.getvalue()

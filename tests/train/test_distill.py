@@ -120,12 +120,12 @@ def test_a_teacher_is_asked_once(tmp_path: Path) -> None:
 def test_a_pruned_artifact_recovers_and_stays_pruned(folder: Path, tmp_path: Path) -> None:
     teacher, student = open_starting(str(folder / "run" / "model")), open_starting(str(folder / "small"))
     report = distill(
-        teacher, student, tmp_path / "out", settings(), text=[str(folder / "text.txt")], device="cpu", threads=1
+        teacher, student, tmp_path / "out", settings(epochs=6), text=[str(folder / "text.txt")], device="cpu", threads=1
     )
     assert report is not None
     for point in ("int8", "int4"):
         before, after = (report["errors"][when][point]["kl"]["estimate"] for when in ("before", "after"))
-        assert after < 0.6 * before
+        assert after < 0.5 * before
     old, new = Artifact.open(folder / "small"), Artifact.open(tmp_path / "out")
     assert new.meta["errors"]["int4"]["kl"] == report["errors"]["after"]["int4"]["kl"]
     for name, tensor in old.tensors.items():
