@@ -26,8 +26,6 @@ from tests.engine.fakes import (
     prompt_of,
 )
 
-MS = 1_000_000
-
 
 def test_what_cannot_be_served_is_refused_by_name() -> None:
     engine = make_engine(FakeExecutor(kv_blocks=4), max_context=200)

@@ -17,8 +17,6 @@ from tests.engine.fakes import (
     prompt_of,
 )
 
-MS = 1_000_000
-
 
 def test_a_session_computes_only_what_changed() -> None:
     executor = FakeExecutor(max_step_tokens=512)

@@ -23,8 +23,6 @@ from tests.engine.fakes import (
     tokens_of,
 )
 
-MS = 1_000_000
-
 
 @pytest.mark.parametrize("step_tokens", [1, 16, 512])
 def test_logits_of_every_position(step_tokens: int) -> None:

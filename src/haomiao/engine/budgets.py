@@ -215,7 +215,7 @@ class Budgets:
             return
         if sequence.sample and job.request.work == "generate":  # the first sample speaks for all; a choice has options
             return
-        whole = detail == "done" or sequence.produced >= job.expected
+        whole = detail in ("done", "single_prefill") or sequence.produced >= job.expected
         actual, forecast = now - job.admitted_ns, job.forecast_ns - job.admitted_ns
         if job.promised_ns is None:
             self.promises.learn(job.expected, forecast, actual, whole=whole)

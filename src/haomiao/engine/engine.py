@@ -15,10 +15,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 
-from haomiao.engine import scheduler
+from haomiao.engine import alike, scheduler
 from haomiao.engine.account import Letterhead
 from haomiao.engine.admission import Limits, check_request
-from haomiao.engine.alike import plan
 from haomiao.engine.batch import Share, make_batch, shape_of, work_of
 from haomiao.engine.budgets import Budgets
 from haomiao.engine.choice import ways
@@ -336,7 +335,7 @@ class Engine:
                 self._max_sequences,
                 self.budgets.chunk_tokens(),
             )
-            step_plan = plan(now, state, self.cost, self._roster)
+            step_plan = alike.plan(now, state, self.cost, self._roster)
             if step_plan.blocked and (self.monitor.give_way() or self.held.drop_oldest()):
                 continue
             for key in step_plan.preempt:
