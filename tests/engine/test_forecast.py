@@ -77,6 +77,19 @@ def test_long_prompts_take_chunks_and_decoding_goes_along() -> None:
     assert done is not None and done[1].end_ns == pytest.approx(3 * 1.8 * MS)
 
 
+def test_what_is_due_before_all_that_may_come_is_played_uncut() -> None:
+    machine = replace(MACHINE, chunk_tokens=8, tightest_ns=20 * MS)
+    urgent, lax = work(1, 24, deadline_ns=20 * MS), work(2, 24, deadline_ns=24 * MS)
+    done = forecast(0, [urgent], machine, Times(), 0)
+    assert done is not None and done[1].end_ns == pytest.approx(3.4 * MS), "one step"
+    done = forecast(0, [lax], machine, Times(), 0)
+    assert done is not None and done[2].end_ns == pytest.approx(3 * 1.8 * MS), "played in equal steps"
+    done = forecast(0, [urgent, lax], machine, Times(), 0)
+    assert done is not None and done[2].end_ns == pytest.approx((3.4 + 3 * 1.8) * MS), "nothing of it beside the other"
+    done = forecast(5 * MS, [lax], machine, Times(), 0)
+    assert done is not None and done[2].end_ns == pytest.approx(8.4 * MS), "a while later it goes before all, too"
+
+
 def test_the_urgent_prefills_first() -> None:
     lax, urgent = work(1, 64, deadline_ns=900 * MS), work(2, 64, deadline_ns=100 * MS)
     assert ends(lax, urgent) == pytest.approx([14.8, 7.4])

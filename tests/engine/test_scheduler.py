@@ -126,6 +126,19 @@ def test_prefill_is_cut_to_the_tightest_inter_token_budget() -> None:
     assert spans(plan(0, state(talking, reading), CostModel()))[1] == (2, 63), "an unfitted model bounds nothing"
 
 
+def test_who_goes_before_all_that_may_come_is_not_cut_for_them() -> None:
+    """A chunk lets the next request in soon; one that is due later than this one would not go before it."""
+    urgent, lax = view(1, 40, deadline_ns=50), view(2, 40, deadline_ns=900)
+    cut = replace(state(urgent, lax), chunk_tokens=8)
+    assert spans(plan(0, cut)) == [(1, 8)]
+    assert spans(plan(0, replace(cut, tightest_ns=49))) == [(1, 8)]
+    assert spans(plan(0, replace(cut, tightest_ns=50))) == [(1, 40)], "and nothing of the other beside it"
+    assert spans(plan(0, replace(cut, tightest_ns=50, max_step_tokens=30))) == [(1, 30)]
+    assert spans(plan(0, replace(cut, tightest_ns=900))) == [(1, 40), (2, 24)]
+    nobodys = replace(state(view(1, 40)), chunk_tokens=8, tightest_ns=50)
+    assert spans(plan(0, nobodys)) == [(1, 8)], "what has no deadline is cut"
+
+
 # ---- properties -----------------------------------------------------------------------------------------------------
 
 VIEWS = st.builds(

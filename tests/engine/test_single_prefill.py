@@ -13,7 +13,6 @@ import pytest
 
 from haomiao.engine.engine import Engine
 from haomiao.engine.request import EngineRequest, TokenEvent
-from haomiao.engine.scheduler import FLOOR_TOKENS
 from haomiao.errors import BudgetError, CancelledError, OverloadError
 from tests.engine.fakes import (
     FakeExecutor,
@@ -92,9 +91,9 @@ def test_it_is_the_last_rung() -> None:
 
 
 def test_a_refusal_names_what_the_cheaper_way_would_take() -> None:
-    """Prompt and options, in the chunks of a tight budget; the prompt and ten tokens where nothing may be chosen."""
+    """Prompt and options in one step; the prompt and ten tokens where nothing may be chosen."""
     answers, step, token = Answers(), 0.5 * 1.3, 0.025 * 1.3
-    choice = -(-86 // FLOOR_TOKENS) * step + (20 + 66) * token
+    choice = step + (20 + 66) * token
     for more, needed in (({}, choice), ({"logit_bias": {9: 1.0}}, 11 * step + 30 * token)):
         for late in (0.05, -0.05):
             engine, clock, _ = world(max_step_tokens=512)

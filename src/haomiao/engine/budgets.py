@@ -184,6 +184,11 @@ class Budgets:
         """Prefill tokens of one step, at most: a quarter of the tightest budget seen lately; None without budgets."""
         return None if self._cost is None or not self._tightest else self._machine().chunk_tokens
 
+    @property
+    def tightest_ns(self) -> int:
+        """The tightest budget seen lately; 0 before the first."""
+        return min(self._tightest, default=0)
+
     def tokens_left(self, now: int, sequence: Live, round_ns: float) -> int:
         """Tokens that the sequence has time for before its deadline, if rounds are expected to take `round_ns`.
 
@@ -227,7 +232,7 @@ class Budgets:
     def _machine(self) -> Machine:
         if self._chunk is None:
             self._chunk = self._size_chunk()
-        return Machine(self.ladder, self._max_step_tokens, self._chunk)
+        return Machine(self.ladder, self._max_step_tokens, self._chunk, self.tightest_ns)
 
     def _size_chunk(self) -> int:
         """Prefill tokens that take a quarter of the tightest budget; a floor keeps prefill efficient."""

@@ -26,6 +26,8 @@ DECODED = 6
 EXTENDED = (2, 8, 20, 40)
 """Tokens that are added to a prompt which is held already."""
 PAST = 384
+REHEARSED = 16
+"""Tokens of the prompt of a rehearsal."""
 SECONDS = 1.8
 """Spent on each point, unless one round of the cheap half takes longer."""
 
@@ -45,6 +47,8 @@ def calibrate(
     no step of it may run meanwhile. Returns nothing where not even a short prompt finds room."""
     steps: list[tuple[StepShape, float]] = []
     wanted = min(pool.available, max(STREAMS) * 2, executor.kv_blocks)
+    if not wanted:
+        return steps
     borrowed = pool.allocate(wanted)
     try:
         for number, point in enumerate(points):
@@ -53,6 +57,26 @@ def calibrate(
     finally:
         pool.drop(borrowed)
     return steps
+
+
+def rehearse(
+    executor: Executor, pool: BlockPool, point: str, clock: Callable[[], int]
+) -> list[tuple[StepShape, float]]:
+    """Steps and their nanoseconds for one short prompt and its answer; none where they find no room. As with
+    `calibrate`, no step of the engine may run meanwhile."""
+    needed = blocks_for(REHEARSED + DECODED)
+    if pool.available < needed:
+        return []
+    borrowed = pool.allocate(needed)
+    recorder = _Recorder()
+    try:
+        guest = _Guest(executor, borrowed)
+        size = REHEARSED + DECODED
+        engine = Engine(guest, max_context=size, prefix_cache=False, point=point, cost=recorder, clock=clock)
+        _run_together(engine, [[1] * REHEARSED])
+    finally:
+        pool.drop(borrowed)
+    return recorder.steps
 
 
 def _measure(

@@ -242,7 +242,7 @@ class CostModel:
         return self._slowness.value
 
     def idle(self) -> Cost:
-        """The machine as it was when it was measured: what even an idle one needs."""
+        """The machine as it was when it was measured, or as quick as it was since: what even an idle one needs."""
         return _Idle(self)
 
     def rest(self, nanoseconds: float) -> None:
@@ -293,14 +293,15 @@ class CostModel:
 
 
 class _Idle:
-    """A cost model without its slowness."""
+    """A cost model without its slowness. A machine that is quicker now than when it was measured is taken at that: it
+    was measured in company."""
 
     def __init__(self, model: CostModel) -> None:
         self._model = model
 
     def predict(self, shape: StepShape) -> float | None:
         expected = self._model.predict(shape)
-        return None if expected is None else expected / self._model.slowness
+        return None if expected is None else expected / max(1.0, self._model.slowness)
 
     def bound(self, shape: StepShape) -> float | None:
         expected = self.predict(shape)

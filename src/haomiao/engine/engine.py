@@ -29,6 +29,7 @@ from haomiao.engine.held import HeldSequences
 from haomiao.engine.monitor import Monitor
 from haomiao.engine.prefix import PrefixChain, PrefixNames
 from haomiao.engine.random import fresh_seed
+from haomiao.engine.rehearsal import Rehearsal
 from haomiao.engine.reporter import Reporter
 from haomiao.engine.request import DoneEvent, EngineRequest, Event
 from haomiao.engine.roster import Roster
@@ -102,6 +103,7 @@ class Engine:
         self._speculator = speculator or Speculator(())
         self.monitor = monitor or Monitor(0.0)
         self.monitor.attach(executor, self.pool, self.budgets.forbid)
+        self.rehearsal = Rehearsal(executor, self.pool, cost, clock)
         self._looked = False  # the monitor took time in the last step
         self._roster = Roster(self.pool, self._name_blocks, self._speculator.release)
         letterhead = Letterhead(
@@ -146,6 +148,8 @@ class Engine:
                 self.budgets.admit(job, self._clock())
             except (BudgetError, OverloadError) as error:
                 refusals.append((job, error))
+                if error.predicted_ms is not None and (isinstance(error, BudgetError) or not self.busy):
+                    self.rehearsal.doubt(job.points[-1])
             else:
                 self._inbox.append(job)
                 return job.id
@@ -190,7 +194,7 @@ class Engine:
     def idle(self) -> bool:
         """Do a little of what can wait, at most a step or two. False if there is nothing to do, or something is
         asked."""
-        return not self.busy and self.monitor.work()
+        return not self.busy and (self.monitor.work() or self.rehearsal.work())
 
     @property
     def busy(self) -> bool:
@@ -334,6 +338,7 @@ class Engine:
                 self._max_rows,
                 self._max_sequences,
                 self.budgets.chunk_tokens(),
+                self.budgets.tightest_ns,
             )
             step_plan = alike.plan(now, state, self.cost, self._roster)
             if step_plan.blocked and (self.monitor.give_way() or self.held.drop_oldest()):

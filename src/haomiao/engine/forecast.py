@@ -92,6 +92,8 @@ class Machine:
     max_step_tokens: int
     chunk_tokens: int
     """Prefill tokens in one step, at most."""
+    tightest_ns: int = 0
+    """What is due no later than that from now is not cut."""
 
 
 def forecast(
@@ -118,7 +120,7 @@ def forecast(
         parts = _Parts(machine)
         for going in running:
             parts.add(going, going.work.width, rows=going.work.width)
-        chunks = parts.fill(waiting)
+        chunks = parts.fill(waiting, now + int(elapsed) + machine.tightest_ns)
         count = _stretch(running, waiting, chunks)
         nanoseconds = parts.price(cost, count)
         if nanoseconds is None:
@@ -194,17 +196,19 @@ class _Parts:
         shape[4] += tokens * tokens
         self._left -= tokens
 
-    def fill(self, waiting: Sequence[_Going]) -> list[tuple[_Going, int]]:
-        """Give the rest of the step to prefill, the most urgent first; somebody always gets a token."""
-        room = max(1, min(self._left, self._machine.chunk_tokens))
+    def fill(self, waiting: Sequence[_Going], before_all: int) -> list[tuple[_Going, int]]:
+        """Give the rest of the step to prefill, the most urgent first; somebody always gets a token. Who is due until
+        `before_all` goes before anybody who may still come, and is not cut for them."""
+        room, chunk = max(1, self._left), self._machine.chunk_tokens
         chunks: list[tuple[_Going, int]] = []
         for going in waiting:
-            tokens = min(going.prefill, room)
+            tokens = min(going.prefill, room if going.work.due_ns <= before_all else min(room, chunk))
             if tokens <= 0:
                 break
             chunks.append((going, tokens))
             self.add(going, tokens, rows=going.work.rows if tokens == going.prefill else 0)
             room -= tokens
+            chunk = max(0, chunk - tokens)
         return chunks
 
     def price(self, cost: Cost, count: int) -> float | None:

@@ -5,6 +5,7 @@ Started when first woken. Knows a driver and nothing about what is done.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 
@@ -31,11 +32,13 @@ class IdleWorker:
         if self._thread is None and not self._closed.is_set():
             self._thread = threading.Thread(target=self._run, name="haomiao-idle", daemon=True)
             self._thread.start()
+            atexit.register(self.close)  # an interpreter that ends may not find it inside a step
 
     def close(self) -> None:
         """End the thread; idempotent. To be called before the driver is closed."""
         self._closed.set()
         self._work.set()
+        atexit.unregister(self.close)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 

@@ -88,6 +88,9 @@ class SchedulerState:
     max_step_sequences: int
     chunk_tokens: int | None = None
     """Prefill tokens in one step, at most, so that what comes next need not wait long; None: as many as fit."""
+    tightest_ns: int = 0
+    """The tightest budget that may come next: what is due no later than that from now would go before it anyway, and
+    is not cut for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +180,7 @@ class _Step:
         self._served: dict[int, tuple[SequenceView, int]] = {}
         self._whole: set[int] = set()
         self._chunk = state.chunk_tokens if state.chunk_tokens is not None else state.max_step_tokens
+        self._before_all = now + state.tightest_ns
         here = [view for view in ranked if view.decoding and view.point == point]
         limits = [view.itl_ns for view in here if view.itl_ns is not None]
         limits += [view.deadline_ns - now for view in here if view.deadline_ns is not None and view.deadline_ns > now]
@@ -198,7 +202,7 @@ class _Step:
         if view.rows(tokens) > self._rows:  # rows grow by at most one with every token
             tokens -= view.rows(tokens) - self._rows
         if not view.decoding:
-            tokens = min(tokens, self._chunk if not view.waits else min(self._chunk, FLOOR_TOKENS))
+            tokens = min(tokens, self._chunk_of(view))
             tokens = self._within_limit(view, tokens)
         if tokens <= 0:
             return
@@ -211,6 +215,13 @@ class _Step:
         if view.branches is not None and tokens == view.pending and self._fits(view.branches):
             self._whole.add(view.key)
             self._book_branches(view.branches, 1)
+
+    def _chunk_of(self, view: SequenceView) -> int:
+        """Prefill tokens that it may have so that who comes next, and is more urgent, need not wait long."""
+        if view.waits:
+            return min(self._chunk, FLOOR_TOKENS)
+        first = view.deadline_ns is not None and view.deadline_ns <= self._before_all
+        return view.pending if first else self._chunk
 
     def _fits(self, branches: Branches) -> bool:
         """True if there is room for them without taking anything from anybody."""

@@ -63,7 +63,8 @@ class EngineLoop:
         self._llm = LLM(opening.model, progress=self._progress, **opening.options)
         self.engine: Engine = self._llm.engine
         self._wake = threading.Event()
-        self._llm.monitor.on_waiting = self._wake.set  # what can wait is done by `run`, between requests
+        # what can wait is done by `run`, between requests
+        self._llm.monitor.on_waiting = self.engine.rehearsal.on_doubt = self._wake.set
         self._gauges: dict[str, float] = {}
         self._gauged = 0.0
         self._later: deque[messages.Message] = deque()
