@@ -208,6 +208,21 @@ def test_a_feasible_budget_is_promised_a_bound() -> None:
     assert admit(0, one, [], Machine(("full",), 64, 64), Times(), 0, free_ns=0) is None
 
 
+def test_what_is_admitted_at_a_lower_point_is_promised_the_time_of_that_point() -> None:
+    choice = work(1, 10, deadline_ns=3 * MS)
+    assert admit(0, choice, [], MACHINE, Times(), 0, free_ns=0) == (2 * MS, 2 * MS), "int8 keeps it"
+    tight = replace(choice, deadline_ns=int(1.5 * MS))
+    assert admit(0, tight, [], MACHINE, Times(), 0, free_ns=0) == (MS, MS), "int4 does"
+    assert admit(0, tight, [], MACHINE, Times(), 1, free_ns=0) == (MS, MS)
+    guest = work(2, 0, 500, width=15)
+    assert admit(0, choice, [guest], MACHINE, Times(), 0, free_ns=0) == (2 * MS, 2 * MS), "the guest waits first"
+    assert admit(0, tight, [guest], MACHINE, Times(), 0, free_ns=0) == (MS, MS)
+    long = work(3, 10, 20, 5, deadline_ns=15 * MS)
+    assert admit(0, long, [], MACHINE, Times(), 0, free_ns=0) == (12 * MS, 12 * MS), "lowered rather than cut"
+    longer = replace(long, deadline_ns=11 * MS)
+    assert admit(0, longer, [], MACHINE, Times(), 0, free_ns=0) == (11 * MS, 11 * MS), "lowered, and cut"
+
+
 def test_what_an_idle_machine_cannot_do_is_infeasible() -> None:
     one = work(1, 10, 20, 5, deadline_ns=3 * MS)
     with pytest.raises(BudgetError, match=r"even an idle machine needs 3\.8 ms") as caught:

@@ -145,8 +145,7 @@ def admit(
     before = [other for other in others if not other.guest]
     alone = forecast(work.arrival_ns, [work], machine, cost.idle(), cheapest, least=True)
     loaded = forecast(begun, [*before, work], machine, cost, cheapest, least=True, floor_ns=floor_ns)
-    whole = forecast(begun, [*others, work], machine, cost, level)
-    if alone is None or loaded is None or whole is None:
+    if alone is None or loaded is None:
         return None
     if not alone[work.key].keeps(work):
         needed = _late_by(work, alone[work.key].first_ns, alone[work.key].end_ns)
@@ -164,11 +163,31 @@ def admit(
             predicted_ms=needed / 1e6,
             retry_after_ms=_retry_after(now, work, before, loaded, finish.end_ns),
         )
-    forecast_ns = whole[work.key].end_ns
+    forecast_ns = _whole(begun, work, others, machine, cost, level, floor_ns)
+    if forecast_ns is None:
+        return None
     end = now + int((forecast_ns - now) * stretch) if forecast_ns < NEVER else NEVER
     if work.deadline_ns is not None and work.least < work.decode:
         end, forecast_ns = min(end, work.deadline_ns), min(forecast_ns, work.deadline_ns)  # it is cut there
     return max(end, now), forecast_ns
+
+
+def _whole(
+    begun: int, work: Work, others: Sequence[Work], machine: Machine, cost: Cost, level: int, floor_ns: int
+) -> int | None:
+    """When all of the work is done: in the present gear, or in the first lower one that keeps its budget, since the
+    throttle will go there for it: first without guests, then at lower points. None if nothing is known about time."""
+    before = [other for other in others if not other.guest]
+    found = None
+    for lower in range(min(max(level, work.top), work.bottom), work.bottom + 1):
+        for company, floor in ((others, 0), (before, floor_ns)) if len(before) < len(others) else ((others, 0),):
+            done = forecast(begun, [*company, work], machine, cost, lower, floor_ns=floor)
+            if done is None:
+                return None
+            found = done[work.key]
+            if found.keeps(work):
+                return found.end_ns
+    return None if found is None else found.end_ns
 
 
 def _breaks(
