@@ -202,7 +202,7 @@ def test_a_feasible_budget_is_promised_a_bound() -> None:
     assert found is not None and found == (pytest.approx(24 * 1.2 * MS), pytest.approx(24 * 1.2 * MS))
     later = admit(0, one, [], MACHINE, Times(), 0, free_ns=7 * MS, stretch=1.5)
     assert later is not None and later[0] == pytest.approx(31 * 1.5 * MS) and later[1] == 31 * MS
-    cut = admit(0, replace(one, deadline_ns=20 * MS), [], MACHINE, Times(), 0, free_ns=0)
+    cut = admit(0, replace(one, deadline_ns=20 * MS, bottom=0), [], MACHINE, Times(), 0, free_ns=0)
     assert cut is not None and cut[0] == 20 * MS, "it ends at its deadline, with what there is"
     assert admit(0, replace(one, deadline_ns=None), [], MACHINE, Times(), 0, free_ns=0) is None
     assert admit(0, one, [], Machine(("full",), 64, 64), Times(), 0, free_ns=0) is None
