@@ -31,7 +31,7 @@ def measured(slower: float) -> tuple[Engine, Clock, CostModel]:
 def test_it_lets_in_again_what_a_bad_measurement_kept_out() -> None:
     engine, clock, _ = measured(10.0)
     doubts: list[int] = []
-    engine.rehearsal.on_doubt = lambda: doubts.append(clock.now)
+    engine.on_waiting = lambda: doubts.append(clock.now)
     refused = 0
     for _ in range(20):  # 1 ms a step and 20 tokens of 50 us: 2 ms, or half of it at int4
         request = ask(prompt_of(20), max_tokens=1, deadline_ns=within(clock, 6))
@@ -86,5 +86,4 @@ def test_without_room_or_a_cost_model_nothing_is_rehearsed() -> None:
     assert calibrate(engine.executor, engine.pool, ["int8"], max_context=64, seconds=0.0) == []
     engine.pool.drop(held)
     blind = make_engine(FakeExecutor(), clock=clock)
-    blind.rehearsal.doubt("int8")
     assert not blind.idle()

@@ -160,7 +160,7 @@ class LLM:
         )
         self._driver = Driver(engine)
         self._idle = IdleWorker(self._driver)
-        self.monitor.on_waiting = engine.rehearsal.on_doubt = self._idle.wake
+        self.monitor.on_waiting = engine.on_waiting = self._idle.wake
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -183,7 +183,7 @@ class LLM:
     def engine(self) -> Engine:
         """The engine. Whoever steps it must be the only one: nothing else of this class may be called meanwhile. From
         now on its owner calls `Engine.idle` too, while nothing is asked."""
-        self.monitor.on_waiting = self._engine.rehearsal.on_doubt = lambda: None
+        self.monitor.on_waiting = self._engine.on_waiting = lambda: None
         self._idle.close()
         return self._engine
 

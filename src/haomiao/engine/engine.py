@@ -8,6 +8,7 @@ clock but the one it is given. `submit` and `cancel` may be called from other th
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -18,6 +19,7 @@ from collections.abc import Sequence as SequenceOf
 from haomiao.engine import alike, scheduler
 from haomiao.engine.account import Letterhead
 from haomiao.engine.admission import Limits, check_request
+from haomiao.engine.ahead import Beginnings
 from haomiao.engine.batch import Share, make_batch, shape_of, work_of
 from haomiao.engine.budgets import Budgets
 from haomiao.engine.choice import ways
@@ -103,7 +105,10 @@ class Engine:
         self._speculator = speculator or Speculator(())
         self.monitor = monitor or Monitor(0.0)
         self.monitor.attach(executor, self.pool, self.budgets.forbid)
-        self.rehearsal = Rehearsal(executor, self.pool, cost, clock)
+        self._rehearsal = Rehearsal(executor, self.pool, cost, clock)
+        self._beginnings = Beginnings()
+        self.on_waiting: Callable[[], None] = lambda: None
+        """Called, from any thread, when there is something new for `idle`; it must not wait."""
         self._looked = False  # the monitor took time in the last step
         self._roster = Roster(self.pool, self._name_blocks, self._speculator.release)
         letterhead = Letterhead(
@@ -148,13 +153,12 @@ class Engine:
                 self.budgets.admit(job, self._clock())
             except (BudgetError, OverloadError) as error:
                 refusals.append((job, error))
-                if error.predicted_ms is not None and (isinstance(error, BudgetError) or not self.busy):
-                    self.rehearsal.doubt(job.points[-1])
             else:
                 self._inbox.append(job)
                 return job.id
         least = min(refusals, key=lambda refusal: refusal[1].predicted_ms or math.inf)
         self._refused.append(least)
+        self._look_again(*least)
         raise least[1]
 
     def cancel(self, request_id: int) -> None:
@@ -163,6 +167,10 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Compute one step and return what happened. An empty list means that nothing was ready to be told."""
+        self._advance()
+        return self._reporter.take()
+
+    def _advance(self) -> None:
         now = self._clock()
         self._learn(now)
         self._take_in(now)
@@ -182,7 +190,6 @@ class Engine:
                 self._round = shape, now, max(self._clock(), now + result.elapsed_ns)
         if not len(self._roster):
             self._announce(shape, [], [], self._clock())
-        return self._reporter.take()
 
     def settle(self) -> list[Event]:
         """Take submissions and cancellations in without computing anything."""
@@ -194,7 +201,13 @@ class Engine:
     def idle(self) -> bool:
         """Do a little of what can wait, at most a step or two. False if there is nothing to do, or something is
         asked."""
-        return not self.busy and (self.monitor.work() or self.rehearsal.work())
+        if len(self._roster.jobs) + len(self._inbox) > len(self._reporter.own) or self._cancelled:
+            return False
+        self._begin_ahead()
+        if self.busy:
+            self._advance()  # what it has to tell, of others who come meanwhile, is told by the next step
+            return True
+        return self.monitor.work() or self._rehearsal.work()
 
     @property
     def busy(self) -> bool:
@@ -298,8 +311,30 @@ class Engine:
             vocab_size=self.executor.vocab_size,
         )
 
+    def _look_again(self, job: Job, error: HaomiaoError) -> None:
+        """A request was refused: what would let its like in later is done while there is time."""
+        if error.predicted_ms is None:  # time was not the reason
+            return
+        doubted = (isinstance(error, BudgetError) or not self.busy) and self._rehearsal.doubt(job.points[-1])
+        if self._beginnings.refused(job, self._name_blocks(job)) or doubted:
+            self.on_waiting()
+
+    def _begin_ahead(self) -> None:
+        """Take in the beginning that refused prompts have in common, as a request of nobody's, if it is due."""
+        request = None if self._reporter.own else self._beginnings.take()
+        if request is None:
+            return
+        with contextlib.suppress(HaomiaoError):  # another time
+            job = self._accept(request)
+            self.budgets.describe(job)
+            job.cached_tokens = self._roster.cached(job)
+            self.budgets.admit(job, self._clock())
+            self._reporter.own.add(job.id)
+            self._inbox.append(job)
+
     def _take_in(self, now: int) -> None:
         """Take in what other threads submitted and cancelled."""
+        self._begin_ahead()
         while self._refused:
             self._reporter.refused(*self._refused.popleft(), now)
         cancelled = {self._cancelled.popleft() for _ in range(len(self._cancelled))}

@@ -93,6 +93,10 @@ class PrefixNames:
                 best = point, found
         return best
 
+    def names(self, tokens: Sequence[int], blocks: int, point: str) -> list[bytes]:
+        """Names of the first `blocks` full blocks of `tokens` if they are computed at `point`."""
+        return list(self._of(point).names(tokens, blocks))
+
     def publish(self, pool: BlockPool, tokens: Sequence[int], state: PagedState, origin: Origin) -> None:
         """Name the full blocks of `state` if all of it was computed at one point."""
         if origin.point is not None:

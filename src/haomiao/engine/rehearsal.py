@@ -23,8 +23,6 @@ class Rehearsal:
     def __init__(
         self, executor: Executor, pool: BlockPool, cost: LearningCost | None, clock: Callable[[], int]
     ) -> None:
-        self.on_doubt: Callable[[], None] | None = None
-        """Called, from any thread, when there is something to measure; it must not wait."""
         self._executor = executor
         self._pool = pool
         self._cost = cost
@@ -32,12 +30,13 @@ class Rehearsal:
         self._point: str | None = None
         self._last: int | None = None
 
-    def doubt(self, point: str) -> None:
-        """A budget was refused for what a step is said to take at this point. May be called from any thread."""
-        if self._cost is not None and (self._last is None or self._clock() - self._last >= PAUSE_NS):
-            self._point = point
-            if self.on_doubt is not None:
-                self.on_doubt()
+    def doubt(self, point: str) -> bool:
+        """A budget was refused for what a step is said to take at this point. True if that is to be measured now. May
+        be called from any thread."""
+        if self._cost is None or (self._last is not None and self._clock() - self._last < PAUSE_NS):
+            return False
+        self._point = point
+        return True
 
     def work(self) -> bool:
         """Run a rehearsal if one is due; False if not. No step of the engine may run meanwhile."""

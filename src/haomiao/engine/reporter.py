@@ -34,6 +34,8 @@ class Reporter:
         self._letterhead = letterhead
         self._observers = tuple(observers)
         self._events: list[Event] = []
+        self.own: set[int] = set()
+        """Live requests that nobody made: nothing is told of them."""
 
     def take(self) -> list[Event]:
         """The events since the last time, in the order in which they happened."""
@@ -102,6 +104,9 @@ class Reporter:
         self._notify(lambda observer: observer.on_step(batch, result))
 
     def _finish(self, event: DoneEvent) -> None:
+        if event.request_id in self.own:
+            self.own.remove(event.request_id)
+            return
         self._events.append(event)
         self._notify(lambda observer: observer.on_finish(event.receipt))
 

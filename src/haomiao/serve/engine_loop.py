@@ -64,7 +64,7 @@ class EngineLoop:
         self.engine: Engine = self._llm.engine
         self._wake = threading.Event()
         # what can wait is done by `run`, between requests
-        self._llm.monitor.on_waiting = self.engine.rehearsal.on_doubt = self._wake.set
+        self._llm.monitor.on_waiting = self.engine.on_waiting = self._wake.set
         self._gauges: dict[str, float] = {}
         self._gauged = 0.0
         self._later: deque[messages.Message] = deque()
