@@ -334,7 +334,7 @@ def main() -> None:
     from haomiao.models.registry import plan_for
 
     ids: list[int] = []
-    with LLM(args.checkpoint, point="full", max_context=WINDOW + 1, speculate="off") as full:
+    with LLM(args.checkpoint, point="full", max_context=WINDOW, speculate="off") as full:
         for path in args.text:
             text = path.read_text(encoding="utf-8")
             ids += full.tokenize(text[len(text) // 3 :][: args.tokens * 8])[: args.tokens]
