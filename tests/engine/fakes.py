@@ -253,3 +253,22 @@ def collected(events: list[Any], request_id: int, sample: int = 0) -> tuple[list
         for entry in event.logprobs or ()
     ]
     return tokens_of(events, request_id, sample), logprobs
+
+
+def score_options(
+    engine: Engine,
+    prompt: Sequence[int],
+    options: Sequence[Sequence[int]],
+    *,
+    normalize: bool = False,
+    point: str | None = None,
+) -> list[float]:
+    """Natural-log probability of each option, and of its end, after the prompt."""
+    choice = EngineRequest(
+        prompt, work="choose", options=tuple(tuple(each) for each in options), normalize=normalize, point=point
+    )
+    request_id = engine.submit(choice)
+    done = done_of(engine.run_until(request_id), request_id)
+    if done.error is not None:
+        raise done.error
+    return done.scores or []

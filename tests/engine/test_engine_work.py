@@ -20,6 +20,7 @@ from tests.engine.fakes import (
     done_of,
     make_engine,
     prompt_of,
+    score_options,
     tokens_of,
 )
 
@@ -44,9 +45,9 @@ def test_a_choice_over_a_cached_prefix_is_one_step() -> None:
     engine.run_until(engine.submit(EngineRequest([*prefix, 5], work="prefill")))
     options = tuple(tuple(prompt_of(2, seed)) for seed in range(4))
     prompt = [*prefix, *prompt_of(20, 7)]
-    expected = make_engine(FakeExecutor(max_step_tokens=24)).score_options(prompt, options)  # there is no room for it
+    expected = score_options(make_engine(FakeExecutor(max_step_tokens=24)), prompt, options)  # there is no room for it
     executor.batches.clear()
-    assert engine.score_options(prompt, options) == expected
+    assert score_options(engine, prompt, options) == expected
     (batch,) = executor.batches
     assert batch.tokens == 20 + 4 * 2 and list(batch.past) == [96, *[116] * 4] and len(batch.logit_rows) == 1 + 4 * 2
     engine.check_integrity()
@@ -69,8 +70,8 @@ def test_a_choice_whose_only_step_fails_leaves_nothing(error: BaseException) -> 
     executor.before_step = None
     done = [event for event in engine.run_until() if isinstance(event, DoneEvent)]
     assert (len(done) == 1 and done[0].error is None) == isinstance(error, KeyboardInterrupt)
-    assert engine.score_options(prompt_of(50), options) == pytest.approx(
-        make_engine(FakeExecutor(max_step_tokens=8)).score_options(prompt_of(50), options)
+    assert score_options(engine, prompt_of(50), options) == pytest.approx(
+        score_options(make_engine(FakeExecutor(max_step_tokens=8)), prompt_of(50), options)
     )
     engine.check_integrity()
 
@@ -94,7 +95,7 @@ def test_choice_scores_are_sums_of_logprobs(
     request = EngineRequest(prompt, work="choose", options=options, normalize=normalize)
     events = engine.run_until(engine.submit(request))
     scores = done_of(events, 1).scores
-    assert make_engine(executor, eos_ids=engine.eos_ids).score_options(prompt, options, normalize=normalize) == scores
+    assert score_options(make_engine(executor, eos_ids=engine.eos_ids), prompt, options, normalize=normalize) == scores
     for option, score in zip(options, scores or (), strict=True):
         tokens = [*prompt, *option, *([EOS] if known_end else [])]
         history = np.array([[token, 0] for token in tokens])

@@ -23,6 +23,7 @@ from tests.engine.fakes import (
     letter,
     make_engine,
     prompt_of,
+    score_options,
     text_of,
     tokens_of,
 )
@@ -50,7 +51,7 @@ def finite(answers: Answers, prompt: Sequence[int], **options: Any) -> EngineReq
 
 
 def likeliest(engine: Engine, prompt: Sequence[int], options: Sequence[tuple[int, ...]], point: str) -> tuple[int, ...]:
-    scores = engine.score_options(prompt, options, point=point)
+    scores = score_options(engine, prompt, options, point=point)
     return options[max(range(len(scores)), key=scores.__getitem__)]
 
 

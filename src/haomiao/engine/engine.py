@@ -33,7 +33,7 @@ from haomiao.engine.prefix import PrefixChain, PrefixNames
 from haomiao.engine.random import fresh_seed
 from haomiao.engine.rehearsal import Rehearsal
 from haomiao.engine.reporter import Reporter
-from haomiao.engine.request import DoneEvent, EngineRequest, Event
+from haomiao.engine.request import EngineRequest, Event
 from haomiao.engine.roster import Roster
 from haomiao.engine.scheduler import SchedulerState, StepPlan
 from haomiao.engine.sequence import Job
@@ -42,7 +42,6 @@ from haomiao.engine.state import BlockPool
 from haomiao.errors import (
     BudgetError,
     CancelledError,
-    EngineError,
     HaomiaoError,
     KvExhaustedError,
     OverloadError,
@@ -229,32 +228,6 @@ class Engine:
             events += self.step()
             waiting &= {job.id for job in (*self._roster.jobs.values(), *self._inbox)}
         return events
-
-    def score_options(
-        self,
-        prompt_ids: SequenceOf[int],
-        options: SequenceOf[SequenceOf[int]],
-        *,
-        normalize: bool = False,
-        point: str | None = None,
-    ) -> list[float]:
-        """Natural-log probability of each option, and of its end, after the prompt. The prompt is computed once, the
-        options run together as forked sequences. Steps until the scores are there; raises what the request fails with.
-        """
-        request = EngineRequest(
-            prompt_ids,
-            work="choose",
-            options=tuple(tuple(option) for option in options),
-            normalize=normalize,
-            point=point,
-        )
-        request_id = self.submit(request)
-        for event in self.run_until(request_id):
-            if isinstance(event, DoneEvent) and event.request_id == request_id:
-                if event.error is not None:
-                    raise event.error
-                return event.scores or []
-        raise EngineError("the choice ended without a word")
 
     def open_session(self) -> int:
         """A memory of one sequence between requests (`EngineRequest.session`)."""
