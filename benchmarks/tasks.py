@@ -138,7 +138,7 @@ def judge(folder: Path, rows: Rows, point: str, threads: int) -> tuple[list[floa
 
     right, took = [], []
     path = folder / ("artifact" if point != "full" else "model")
-    with LLM(str(path), point=point, threads=threads, max_context=256, speculate="off") as llm:
+    with LLM(str(path), point=point, threads=threads, max_context=512, speculate="off") as llm:
         for text, _ in rows[:WARMING]:
             llm.decide(text)
         for text, label in rows:
