@@ -38,7 +38,7 @@ def test_a_checkpoint_of_a_real_shape(tmp_path: Path) -> None:
     assert matrices == said["parameters"]
 
 
-@pytest.mark.parametrize("shape", ["qwen2.5-0.5b", "llama-3.2-1b"])
+@pytest.mark.parametrize("shape", ["qwen2.5-0.5b", "smollm2-135m", "llama-3.2-1b"])
 def test_gguf_holds_the_same_weights(tmp_path: Path, shape: str) -> None:
     gguf = pytest.importorskip("gguf")
     make(tmp_path, shape, "--gguf", "Q8_0", "--no-safetensors")

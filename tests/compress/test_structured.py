@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haomiao.compress.export.compressed_tensors import export
-from haomiao.compress.prune.structured import block_costs, choose_blocks, choose_heads, compensate, damped
+from haomiao.compress.prune import structured
+from haomiao.compress.prune.structured import (
+    block_costs,
+    choose_blocks,
+    choose_heads,
+    choose_nested,
+    compensate,
+    damped,
+)
 from haomiao.compress.recipe import Recipe, parse_prune, recipe_of
 from haomiao.compress.shrink import Sizes, shrunk_config, sizes_of, target_layers, target_width
 from haomiao.errors import HaomiaoError, InputError, UnsupportedModelError
@@ -95,6 +103,16 @@ def test_columns_beyond_the_quotas_are_padding_and_go() -> None:
     kept = choose_blocks(w, h, size=1, quotas=[(np.arange(20), 16)])
     assert len(kept) == 16
     assert kept.max() < 20
+
+
+@pytest.mark.parametrize("rounds", [512, 12])
+def test_several_widths_at_once_are_those_chosen_one_by_one(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "ROUNDS", rounds)  # 12: four columns go at once, and 37 leave a part of four
+    w, h = problem(6, 48, 3)
+    stay = [41, 37, 24, 8]
+    alone = [choose_blocks(w, h, size=1, quotas=[(np.arange(46), count)]).tolist() for count in stay]
+    assert [kept.tolist() for kept in choose_nested(w, h, columns=46, stay=stay)] == alone
+    assert [len(kept) for kept in alone] == stay
 
 
 # ---- sizes

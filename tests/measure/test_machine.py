@@ -91,6 +91,7 @@ def test_processor_memory_and_huge_pages(tmp_path: Path) -> None:
 def test_shapes_have_the_published_numbers_of_parameters() -> None:
     assert SHAPES["qwen2.5-0.5b"].parameters == pytest.approx(0.494e9, rel=0.002)
     assert SHAPES["llama-3.2-1b"].parameters == pytest.approx(1.236e9, rel=0.002)
+    assert SHAPES["smollm2-135m"].parameters == pytest.approx(0.1345e9, rel=0.002)
     assert SHAPES["llama-2-7b"].parameters == pytest.approx(6.738e9, rel=0.002)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from haomiao.compress.prune.structured import choose_blocks, choose_heads
+from haomiao.compress.prune.structured import choose_blocks, choose_heads, choose_nested
 from haomiao.compress.recipe import Recipe
 from haomiao.compress.solver import F64, I64
 from haomiao.errors import InputError, UnsupportedModelError
@@ -253,6 +253,12 @@ def choose(block: Block, taker: F32, hessian: F64, wide: Sizes, sizes: Sizes, da
         damping=damping,
     )
     return kept, channels(kept, block.attention.head_dim)
+
+
+def choose_neurons(taker: F32, hessian: F64, wide: Sizes, narrow: Sequence[Sizes], damping: float) -> list[I64]:
+    """The neurons that stay at each of several sizes, as `choose` has them, in the time of the smallest."""
+    stay = [sizes.neurons for sizes in narrow]
+    return choose_nested(taker, hessian, columns=wide.neurons, stay=stay, damping=damping)
 
 
 def layer_weights(plan: ops.Plan) -> tuple[int, int]:

@@ -64,6 +64,7 @@ class ModelShape:
 SHAPES: Mapping[str, ModelShape] = {
     shape.name: shape
     for shape in (
+        ModelShape("smollm2-135m", "llama", 30, 576, 1536, 9, 3, 64, 49152, True, False, 1e5, 8192),
         ModelShape("qwen2.5-0.5b", "qwen2", 24, 896, 4864, 14, 2, 64, 151936, True, True, 1e6, 32768),
         ModelShape("llama-3.2-1b", "llama", 16, 2048, 8192, 32, 8, 64, 128256, True, False, 5e5, 131072),
         ModelShape("llama-2-7b", "llama", 32, 4096, 11008, 32, 32, 128, 32000, False, False, 1e4, 4096),

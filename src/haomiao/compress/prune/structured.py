@@ -28,6 +28,20 @@ def choose_blocks(
 
     `quotas` divides the blocks: of each set (block numbers), so many stay. Ties go by number.
     """
+    members = np.concatenate([numbers for numbers, _ in quotas])
+    return np.setdiff1d(members, _removed(weights, hessian, size, quotas, damping))
+
+
+def choose_nested(weights: F32, hessian: F64, *, columns: int, stay: Sequence[int], damping: float = 0.01) -> list[I64]:
+    """`choose_blocks` of the first `columns` single columns, for several numbers that stay: each choice is a part of
+    the larger ones, and all of them take as long as the smallest."""
+    numbers = np.arange(columns)
+    gone = _removed(weights, hessian, 1, [(numbers, min(stay))], damping)
+    return [np.setdiff1d(numbers, gone[: columns - count]) for count in stay]
+
+
+def _removed(weights: F32, hessian: F64, size: int, quotas: Sequence[tuple[I64, int]], damping: float) -> list[int]:
+    """The blocks that go, in their order: to stop earlier gives its beginning."""
     blocks = weights.shape[1] // size
     allowed = np.zeros(blocks, np.int64)  # how many of its set may still go
     member = np.full(blocks, -1, np.int64)
@@ -40,6 +54,7 @@ def choose_blocks(
     inverse = np.linalg.inv(damped(hessian, damping)).astype(np.float64, copy=False)
     alive = member >= 0
     at_once = max(1, blocks // ROUNDS) if size == 1 else 1
+    removed: list[int] = []
     while left.sum() > 0:
         costs = block_costs(work, inverse, size)
         costs[~alive] = np.inf
@@ -52,7 +67,8 @@ def choose_blocks(
         alive[gone] = False
         columns = (np.array(gone)[:, None] * size + np.arange(size)).reshape(-1)
         _eliminate(work, inverse, columns)
-    return np.flatnonzero(alive)
+        removed += gone
+    return removed
 
 
 def choose_heads(

@@ -22,7 +22,7 @@ from haomiao.compress.shrink import (
     Block,
     Sizes,
     blocks,
-    choose,
+    choose_neurons,
     maker_rows,
     original_name,
     shrunk_config,
@@ -105,10 +105,11 @@ class Database:
         for level, share in zip(LEVELS[2:], TILES, strict=True):
             recipe = replace(self._recipe, prune=(Prune("tile", share),), lo=False)
             tensors[f"{name}@{level}"] = solve_layer(weights, hessian, recipe, name)[0]
-        for width, sizes in enumerate(self.widths[1:], 1) if name in self.ffn else ():
-            kept, columns = choose(self.ffn[name], weights, hessian, self.widths[0], sizes, self._recipe.damping)
-            fitted, _ = compensate(weights, hessian, columns, self._recipe.damping)
-            part = np.ascontiguousarray(hessian[np.ix_(columns, columns)])
+        narrow = self.widths[1:] if name in self.ffn else []
+        stays = choose_neurons(weights, hessian, self.widths[0], narrow, self._recipe.damping) if narrow else []
+        for width, kept in enumerate(stays, 1):
+            fitted, _ = compensate(weights, hessian, kept, self._recipe.damping)
+            part = np.ascontiguousarray(hessian[np.ix_(kept, kept)])
             tensors[f"{name}@width-{width}"] = solve_layer(fitted, part, self._recipe, name)[0]
             vectors[f"{name}@kept-{width}"] = kept.astype(np.float32)
         return tensors, vectors
