@@ -5,10 +5,13 @@
 
 Each task's file is split once by seed: 80 % to learn, 10 % to stop by, 10 % to judge, the last seen by nobody before.
 The model is fine-tuned (`haomiao finetune`, PyTorch) on the first two, compressed by the pipeline (GPTQ on the task's
-own text) and asked `LLM.choose` for each of the last; its accuracy stands with a 95 % interval (bootstrap) beside that
+own text) and asked `LLM.decide` for each of the last; its accuracy stands with a 95 % interval (bootstrap) beside that
 of scikit-learn's TF-IDF (words and characters) with logistic regression on the same split, whose strength is chosen on
-the second part. `difference` is over the same examples (ours minus TF-IDF's). Milliseconds are of whole calls, one
-after the other. `--share 0.5` learns from half of the first part. The machine is printed first, one JSON line last.
+the second part. `difference` is over the same examples (ours minus TF-IDF's). Where the last part is too small to tell
+anything, `--folds 10` does all this ten times, each tenth being judged once by what has not seen it. Milliseconds are
+of whole calls, one after the other. `--share 0.5` learns from half of the first part; `--only latency` asks the models
+that are there for all points and thread counts in turns (`--rounds`), and judges nothing. The machine is printed first,
+one JSON line last.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import json
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,8 @@ from haomiao.metrics.statistics import Interval, bootstrap_mean
 Rows = list[tuple[str, str]]  # (text, label)
 SEED = 1
 WARMING = 20
+LINEAR = "linear.json"
+"""What TF-IDF said, in the folder of the split that it learnt from."""
 
 
 def table(path: str, text: int, label: Callable[[list[str]], str]) -> Callable[[Path], Rows]:
@@ -64,18 +70,30 @@ def comma_separated(path: str, text: str, label: str, encoding: str) -> Callable
     return read
 
 
+def intents(path: str) -> Callable[[Path], Rows]:
+    """CLINC150's file: parts of [text, label], those that belong to no label left out."""
+
+    def read(root: Path) -> Rows:
+        parts = json.loads((root / path).read_text(encoding="utf-8"))
+        return [(text, label) for name in ("train", "val", "test") for text, label in parts[name]]
+
+    return read
+
+
 TASKS: dict[str, Callable[[Path], Rows]] = {
     "home": table("home_commands/home_trainset.tsv", 1, lambda row: row[0]),
     "slurp": table("slurp/slurp_devel.tsv", 2, lambda row: row[0]),  # the scenario: actions are too rare to learn here
     "snips": table("snips/snips_train.tsv", 1, lambda row: row[0]),
+    "clinc": intents("clinc150/data_full.json"),
     "financial": comma_separated("financial_phrasebank/all-data.csv", "content", "label", "latin-1"),
     "tnews": json_lines(("tnews_zh/train_few_all.json", "tnews_zh/dev_few_all.json"), "label_desc"),
     "eprstmt": json_lines(("eprstmt_zh/train_few_all.json", "eprstmt_zh/dev_few_all.json"), "label"),
 }
 
 
-def splits(rows: Rows) -> tuple[Rows, Rows, Rows]:
-    """Learn, stop, judge: 80, 10, 10 %. What is said twice is in one part only; labels seen once are left out."""
+def splits(rows: Rows, fold: int = 0) -> tuple[Rows, Rows, Rows]:
+    """Learn, stop, judge: 80, 10, 10 %, which each of ten folds turns by a tenth. What is said twice is in one part
+    only; labels seen once are left out."""
     unique = list(dict.fromkeys((" ".join(text.split()), label) for text, label in rows))
     seen: set[str] = set()
     kept = [row for row in unique if row[0] not in seen and not seen.add(row[0])]  # type: ignore[func-returns-value]
@@ -83,6 +101,7 @@ def splits(rows: Rows) -> tuple[Rows, Rows, Rows]:
     kept = [row for row in kept if counts[row[1]] > 1]
     random.Random(SEED).shuffle(kept)
     tenth = len(kept) // 10
+    kept = kept[fold * tenth :] + kept[: fold * tenth]
     return kept[2 * tenth :], kept[:tenth], kept[tenth : 2 * tenth]
 
 
@@ -114,12 +133,12 @@ def learn(folder: Path, args: argparse.Namespace) -> None:
 
 
 def judge(folder: Path, rows: Rows, point: str, threads: int) -> tuple[list[float], list[float]]:
-    """Which of the model's choices are right, and milliseconds of each."""
+    """Which of the model's choices are right, and milliseconds of each call."""
     from haomiao.api import LLM
 
     right, took = [], []
     path = folder / ("artifact" if point != "full" else "model")
-    with LLM(str(path), point=point, threads=threads, max_context=256, speculate="off") as llm:
+    with LLM(str(path), point=point, threads=threads, max_context=512, speculate="off") as llm:
         for text, _ in rows[:WARMING]:
             llm.decide(text)
         for text, label in rows:
@@ -130,8 +149,11 @@ def judge(folder: Path, rows: Rows, point: str, threads: int) -> tuple[list[floa
     return right, took
 
 
-def linear(train: Rows, valid: Rows, test: Rows) -> tuple[list[float], list[float]]:
-    """TF-IDF of words and of characters, logistic regression; its strength by accuracy on `valid`."""
+def linear(train: Rows, valid: Rows, test: Rows, cache: Path) -> tuple[list[float], list[float]]:
+    """TF-IDF of words and of characters, logistic regression; its strength by accuracy on `valid`. Kept in `cache`."""
+    if cache.exists():
+        right, took = json.loads(cache.read_text())
+        return right, took
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline, make_union
@@ -152,7 +174,9 @@ def linear(train: Rows, valid: Rows, test: Rows) -> tuple[list[float], list[floa
         began = time.perf_counter()
         best.predict([text])
         took.append(1e3 * (time.perf_counter() - began))
-    return accuracy(best, test), took
+    right = accuracy(best, test)
+    cache.write_text(json.dumps([right, took]))
+    return right, took
 
 
 def account(right: list[float], took: list[float], other: list[float] | None = None) -> dict[str, Any]:
@@ -173,6 +197,60 @@ def milliseconds(took: list[float]) -> dict[str, float]:
     return {"p50": float(np.percentile(took, 50)), "p99": float(np.percentile(took, 99)), "max": max(took)}
 
 
+def prepare(name: str, fold: int, args: argparse.Namespace) -> tuple[Path, tuple[Rows, Rows, Rows]]:
+    """The folder of a fold, with its three parts in it, and the parts."""
+    folder = args.work / (name if fold == 0 else f"{name}-{fold}")
+    if args.restart:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    train, valid, test = splits(TASKS[name](args.root), fold)
+    train = train[: round(args.share * len(train))]
+    for part, rows in (("train", train), ("valid", valid), ("test", test)):
+        write(folder / f"{part}.jsonl", rows)
+    return folder, (train, valid, test)
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Our answers and TF-IDF's to what every fold kept for the end."""
+    points = args.points.split(",")
+    ours: dict[str, tuple[list[float], list[float]]] = {point: ([], []) for point in points}
+    plain: tuple[list[float], list[float]] = ([], [])
+    shown: Counter[str] = Counter()
+    for fold in range(args.folds):
+        folder, (train, valid, test) = prepare(name, fold, args)
+        shown.update(label for _, label in test)
+        for kept, new in (
+            (plain, linear(train, valid, test, folder / LINEAR)),
+            *((ours[p], judge(folder, test, p, args.threads)) for p in points),
+        ):
+            kept[0].extend(new[0])
+            kept[1].extend(new[1])
+    return {
+        "labels": len({label for _, label in train}),
+        "examples": [len(train), len(valid), shown.total()],
+        "folds": args.folds,
+        "most_frequent": round(max(shown.values()) / shown.total(), 4),
+        "threads": args.threads,
+        "haomiao": {point: account(*ours[point], plain[0]) for point in points},
+        "linear": account(*plain),
+    }
+
+
+def latency(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a decision by point and threads, in turns, over what the first fold kept for the end."""
+    folder, (_, _, test) = prepare(name, 0, args)
+    found: dict[str, list[dict[str, float]]] = {}
+    for _ in range(args.rounds):
+        for threads in (1, 2):
+            for point in args.points.split(","):
+                _, took = judge(folder, test[: args.asked], point, threads)
+                found.setdefault(f"{point}, {threads} thread{'s' * (threads > 1)}", []).append(milliseconds(took))
+    return {
+        way: {"calls": len(test[: args.asked]), **{k: sorted(round(turn[k], 3) for turn in turns) for k in turns[0]}}
+        for way, turns in found.items()
+    }
+
+
 def main() -> None:
     """Split, learn, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,12 +260,15 @@ def main() -> None:
     parser.add_argument("--model", help="what is fine-tuned (default: the embedded model)")
     parser.add_argument("--finetune", default="", metavar="FLAGS", help="more flags of haomiao finetune, in one word")
     parser.add_argument("--share", type=float, default=1.0, help="of what is learnt from, for the curve of data")
+    parser.add_argument("--folds", type=int, default=1, choices=range(1, 11), metavar="N", help="of ten (default 1)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--only", choices=("learn", "measure"))
+    parser.add_argument("--only", choices=("learn", "measure", "latency"))
     parser.add_argument("--points", default="int8,int4")
+    parser.add_argument("--rounds", type=int, default=3, help="of the latency")
+    parser.add_argument("--asked", type=int, default=1000, help="at most so many texts a round of the latency")
     parser.add_argument("--restart", action="store_true", help="learn again")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="results; those of other tasks that are there are kept")
     args = parser.parse_args()
 
     from haomiao.measure.machine import describe_machine
@@ -195,32 +276,21 @@ def main() -> None:
     print(json.dumps(dataclasses.asdict(describe_machine()), default=str))
     results: dict[str, Any] = {}
     for name in args.task:
-        folder = args.work / name
-        if args.restart:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        train, valid, test = splits(TASKS[name](args.root))
-        train = train[: round(args.share * len(train))]
-        labels = {label for _, label in train}
-        for part, rows in (("train", train), ("valid", valid), ("test", test)):
-            write(folder / f"{part}.jsonl", rows)
-        if args.only != "measure":
-            learn(folder, args)
-        if args.only != "learn":
-            plain, plain_took = linear(train, valid, test)
-            results[name] = {
-                "labels": len(labels),
-                "examples": [len(train), len(valid), len(test)],
-                "most_frequent": round(max(sum(label == each for _, label in test) for each in labels) / len(test), 4),
-                "threads": args.threads,
-                "haomiao": {
-                    point: account(*judge(folder, test, point, args.threads), plain) for point in args.points.split(",")
-                },
-                "linear": account(plain, plain_took),
-            }
+        if args.only in (None, "learn"):
+            for fold in range(args.folds):
+                learn(prepare(name, fold, args)[0], args)
+            args.restart = False
+        if args.only in (None, "measure"):
+            results[name] = measure(name, args)
+        if args.only == "latency":
+            results[name] = {"latency_ms": latency(name, args)}
+        if name in results:
             print(name, json.dumps(results[name]), flush=True)
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        kept = json.loads(args.out.read_text()) if args.out.exists() else {}
+        args.out.write_text(
+            json.dumps(kept | {name: kept.get(name, {}) | results[name] for name in results}, indent=1) + "\n"
+        )
     print(json.dumps(results))
 
 

@@ -111,6 +111,25 @@ def test_choice_scores_are_sums_of_logprobs(
         assert len(executor.batches) <= 4, "the options run in one step after the prompt's, twice"
 
 
+@given(length=st.integers(1, 70), step_tokens=st.sampled_from([1, 5, 512]), normalize=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_options_of_one_token_without_an_end_are_read_off_one_row(
+    length: int, step_tokens: int, normalize: bool
+) -> None:
+    prompt, options = prompt_of(length), ((3,), (9,), (4,), (9,))
+    executor = FakeExecutor(max_step_tokens=step_tokens)
+    engine = make_engine(executor, eos_ids=())
+    rid = engine.submit(EngineRequest(prompt, work="choose", options=options, normalize=normalize))
+    scores = done_of(engine.run_until(rid), rid).scores or ()
+    logits = executor.logits_of(np.array([[token, 0] for token in prompt])).astype(np.float64)
+    exact = logits - math.log(np.exp(logits).sum())
+    assert scores == pytest.approx([exact[token] for (token,) in options], abs=1e-5)
+    assert scores[1] == scores[3]
+    assert len(executor.batches) == -(-length // step_tokens)
+    assert engine.pool.available == executor.kv_blocks
+    engine.check_integrity()
+
+
 def test_prompt_logprobs() -> None:
     executor = FakeExecutor(max_step_tokens=7)
     engine = make_engine(executor)

@@ -13,17 +13,16 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import haomiao
+from haomiao.models.open import ASSETS, EMBEDDED
 from haomiao.serve import messages
 from haomiao.serve.messages import Cancel, Close, Commit, Done, Fed, Feed, Hello, Open, Stats, Submit, Token
 from haomiao.types import Receipt, ScheduleEntry
 
-ASSETS = Path(haomiao.__file__).parent / "assets" / "haomiao-4m"
+FILES = ASSETS / EMBEDDED
 
 
 class FakeEngine:
@@ -60,7 +59,7 @@ class FakeEngine:
                     point="int8",
                     vocab_size=4096,
                     max_context=100_000,
-                    files=str(message.options.get("files", ASSETS)),
+                    files=str(message.options.get("files", FILES)),
                     threads=1,
                     isa="none",
                     kv="bf16",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from haomiao.models.open import EMBEDDED
 from tests.serve.conftest import CHAT, Running
 
 
@@ -22,7 +23,7 @@ def test_answer(live: Running) -> None:
     response = live.chat()
     assert response.status_code == 200
     body = response.json()
-    assert body["object"] == "chat.completion" and body["model"] == "haomiao-4m"
+    assert body["object"] == "chat.completion" and body["model"] == EMBEDDED
     (choice,) = body["choices"]
     assert choice["message"]["role"] == "assistant" and choice["finish_reason"] in ("stop", "length")
     assert body["usage"]["completion_tokens"] == body["haomiao"]["receipt"]["completion_tokens"] <= 4

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from haomiao.models.open import EMBEDDED, embedded_path
 from tests.serve.conftest import Command
 
 pytestmark = pytest.mark.nightly
@@ -36,9 +37,7 @@ def url() -> Iterator[str]:
 
 def test_langchain(url: str) -> None:
     langchain = pytest.importorskip("langchain_openai")
-    model = langchain.ChatOpenAI(
-        model="haomiao-4m", base_url=url + "/v1", api_key="unused", max_tokens=8, max_retries=0
-    )
+    model = langchain.ChatOpenAI(model=EMBEDDED, base_url=url + "/v1", api_key="unused", max_tokens=8, max_retries=0)
     answer = model.invoke([("system", "Be brief."), ("human", "Hello")])
     assert isinstance(answer.content, str) and answer.usage_metadata["output_tokens"] <= 8
     assert "".join(str(chunk.content) for chunk in model.stream("Hello")) == model.invoke("Hello").content
@@ -50,7 +49,7 @@ def test_litellm(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # its prices are not looked up
     litellm = pytest.importorskip("litellm")
     asked = {
-        "model": "openai/haomiao-4m",
+        "model": f"openai/{EMBEDDED}",
         "api_base": url + "/v1",
         "api_key": "unused",
         "messages": [{"role": "user", "content": "Hello"}],
@@ -82,14 +81,12 @@ metric_list:
 def test_lm_eval(url: str, tmp_path: Path) -> None:
     """lm-eval scores prompts by `echo` and `logprobs`; the task is made here, so that nothing is downloaded."""
     pytest.importorskip("lm_eval")
-    from haomiao.models.open import embedded_path
-
     data = tmp_path / "test.jsonl"
     questions = [("The sky is", [" blue", " seven"]), ("A dog can", [" run", " purple"]), ("1 + 1 =", [" 2", " sea"])]
     rows = [{"question": text, "choices": choices, "answer": 0} for text, choices in questions]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "task.yaml").write_text(TASK.format(data=data))
-    server = f"model=haomiao-4m,base_url={url}/v1/completions"
+    server = f"model={EMBEDDED},base_url={url}/v1/completions"
     model = ["--model", "local-completions", "--model_args", f"{server},tokenizer={embedded_path()}"]
     task = ["--tasks", "haomiao_smoke", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
     found = subprocess.run(

@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
+from haomiao.models.open import EMBEDDED
 from haomiao.serve.embeddings import AT_ONCE, MAX_INPUTS, together
 from haomiao.types import Receipt, ScheduleEntry
 from tests.serve.conftest import Running
@@ -45,7 +46,7 @@ def test_the_account_is_that_of_all_inputs(live: Running) -> None:
     ids = live.http.post("/tokenize", json={"prompt": TEXT}).json()["tokens"]
     response = embed(live, [TEXT, TEXT], budget_ms=60_000, user="somebody")
     body = response.json()
-    assert body["object"] == "list" and body["model"] == "haomiao-4m"
+    assert body["object"] == "list" and body["model"] == EMBEDDED
     assert body["usage"] == {"prompt_tokens": 2 * len(ids), "total_tokens": 2 * len(ids)}
     receipt = body["haomiao"]["receipt"]
     assert receipt["outcome"] in ("met", "met_lower_point") and receipt["completion_tokens"] == 0

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from haomiao.models.open import EMBEDDED
 from tests.serve.census import census, eventually, post, raw, status, unharmed
 from tests.serve.conftest import CHAT, Running
 
@@ -187,7 +188,7 @@ def test_12_unknown_model(live: Running) -> None:
     with unharmed(live):
         refusal(live.chat(model="gpt-99"), 404, code="model_not_found", param="model")
         refusal(live.http.get("/v1/models/gpt-99"), 404, code="model_not_found")
-        assert live.http.get("/v1/models/haomiao-4m").json()["id"] == "haomiao-4m"
+        assert live.http.get(f"/v1/models/{EMBEDDED}").json()["id"] == EMBEDDED
 
 
 def test_13_routes_methods_types(live: Running) -> None:

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import openai
 import pytest
 
+from haomiao.models.open import EMBEDDED as MODEL
 from tests.serve.conftest import Running
-
-MODEL = "haomiao-4m"
 
 
 @pytest.fixture(scope="module")

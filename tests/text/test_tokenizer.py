@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import haomiao
 from haomiao.errors import InputError, ModelError, ModelNotFoundError, UnsupportedModelError
+from haomiao.models.open import embedded_path
 from haomiao.text.tokenizer import Tokenizer
 
 
@@ -25,7 +25,6 @@ def load(path: Path) -> Tokenizer:
 
 
 CONFORMANCE = ["gpt-2", "llama-bpe", "llama-spm", "qwen2"]
-EMBEDDED = Path(haomiao.__file__).parent / "assets" / "haomiao-4m"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
@@ -44,7 +43,7 @@ def test_gguf_gives_the_ids_of_llama_cpp(shared: Path, name: str) -> None:
 
 @given(text=TEXT, special=st.booleans())
 def test_encoding_beside_other_threads_gives_the_same_ids(text: str, special: bool) -> None:
-    tokenizer = load(EMBEDDED)
+    tokenizer = load(embedded_path())
     alone = tokenizer.encode(text, special)
     tokenizer.concurrent = True
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,30 @@ def test_what_cannot_be_labels_is_refused(tokenizer: Tokenizer) -> None:
         module.encode_labels(ROWS, [], tokenizer, 1, 64)
     with pytest.raises(InputError, match="empty"):
         encode_prompts([""], tokenizer, 8)
+
+
+def test_a_label_begins_as_its_name_unless_it_was_learnt(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from haomiao.models.plan import Head
+    from haomiao.train.starting import open_starting
+
+    model = open_starting(None)
+    plan = model.plan(8)
+    head = plan.ops[-1]
+    assert isinstance(head, Head)
+    before = model.weights(plan)[head.weight]
+    wanted = before[tokenizer.encode_part("a fine day", False)].mean(dim=0)
+    folder = tmp_path / "taught"
+    shutil.copytree(embedded_path(), folder)
+    written = module.tokenizer_config(folder / "tokenizer_config.json", {"a_fine_day": 7, "rain": 8}, "{text}")
+    (folder / "tokenizer_config.json").write_bytes(written)
+    for taught, codes, named in (
+        (tokenizer, {"a_fine_day": 7}, True),
+        (Tokenizer(folder), {"a_fine_day": 7}, False),  # learnt before: what was learnt stays
+        (Tokenizer(folder), {"a_fine_day": 7, "snow": 9}, True),  # taught others: its tokens mean nothing here
+    ):
+        weights = {head.weight: before.clone()}
+        module.name_codes(plan, weights, codes, taught)
+        assert torch.allclose(weights[head.weight][7], wanted if named else before[7])
 
 
 @given(st.lists(st.integers(0, 99), min_size=2, max_size=30), st.floats(0, 0.99), st.integers(0, 9))

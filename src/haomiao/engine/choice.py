@@ -27,14 +27,25 @@ class ChoicePrompt(Sequence):
         """Tokens to compute for each option."""
         return option_tokens(self.job)
 
+    @property
+    def decides(self) -> bool:
+        """The row of logits that ends the prompt decides: every option is one token, and no end is scored."""
+        return not any(self.option_tokens)
+
     def branches(self) -> list[Sequence]:
-        if self.length < self.target:
+        if self.length < self.target or self.decides:
             return []
         self.job.scores = [0.0] * len(self.job.request.options)
         return [Option(self.job, self.tokens, option, index) for index, option in enumerate(self.job.request.options)]
 
     def consume(self, rows: Rows | None) -> Progress:
-        return _ending(self.job) if self.length >= self.target else Progress()
+        if self.length < self.target:
+            return Progress()
+        if rows is not None and self.decides:
+            *_, (position, logits) = rows
+            normalizer = rows.normalizer(position)
+            self.job.scores = [float(logits[token]) - normalizer for (token,) in self.job.request.options]
+        return _ending(self.job)
 
 
 class Option(Sequence):

@@ -171,7 +171,7 @@ def finetune(
         note(f"{cut} prompts are longer than {settings.length} tokens and lose their beginning")
     plan = model.plan(max(len(example.ids) for example in (*learnt, *judged)))
     base = {name: weight.to(where) for name, weight in model.weights(plan).items()}
-    if coded is not None and not tokenizer.labels:
+    if coded is not None:
         name_codes(plan, base, coded.codes, tokenizer)
     lora = (
         Lora(plan, base, settings.lora, settings.alpha or 2.0 * settings.lora, settings.seed) if settings.lora else None

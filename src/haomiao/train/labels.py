@@ -72,7 +72,10 @@ def encode_labels(
 
 
 def name_codes(plan: Plan, weights: Mapping[str, Tensor], codes: Mapping[str, int], tokenizer: Tokenizer) -> None:
-    """Let each label's token begin as the mean of the tokens that its name is written with, in the head's rows."""
+    """Let each label's token begin as the mean of the tokens that its name is written with, in the head's rows; not
+    where the model has learnt these labels before."""
+    if tokenizer.codes(list(codes)) is not None:
+        return
     head = plan.ops[-1]
     if not isinstance(head, Head):
         raise UnsupportedModelError(f"the plan of {plan.family} does not end with its head")
