@@ -306,3 +306,17 @@ REFUSED: dict[str, str] = {
     "prompt": "prompt templates are not stored here",
 }
 """Fields that are understood and cannot be served: field -> one line."""
+ELSEWHERE: dict[str, str] = {
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+    "json_schema": "response_format or structured_outputs.json",
+    "grammar": "structured_outputs.grammar",
+    "n_predict": "max_tokens",
+    "repeat_penalty": "repetition_penalty",
+    "n_probs": "logprobs",
+    "cache_prompt": "always done",
+    "content": "prompt",
+}
+"""What vLLM once called, and llama-server calls, what exists here under another name."""
