@@ -120,3 +120,13 @@ def test_tokenize_and_back(live: Running) -> None:
     assert live.http.post("/detokenize", json={"tokens": tokens["tokens"]}).json()["prompt"].strip() == text
     chat = live.http.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]})
     assert chat.json()["count"] > 1
+
+
+def test_names_of_other_servers_are_answered_with_ours(live: Running) -> None:
+    for name, ours in (("guided_choice", "structured_outputs.choice"), ("n_predict", "max_tokens")):
+        answer = live.http.post("/v1/completions", json={"prompt": "a", name: ["b"]})
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["code"] == "unknown_parameter" and error["param"] == name
+        assert error["message"] == f"{name} is not a parameter; here it is {ours}"
+    plain = live.http.post("/v1/completions", json={"prompt": "a", "frequency": 1}).json()["error"]
+    assert plain["message"] == "frequency is not a parameter"
