@@ -122,6 +122,13 @@ def test_tokenize_and_back(live: Running) -> None:
     assert chat.json()["count"] > 1
 
 
+def test_a_repetition_penalty_that_no_logit_survives_is_refused(live: Running) -> None:
+    for value in (1e-300, 1e-38, 0.0099):
+        answer = live.http.post("/v1/completions", json={"prompt": "a b", "max_tokens": 2, "repetition_penalty": value})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "repetition_penalty"
+    assert ask(live, prompt="a b", max_tokens=2, repetition_penalty=0.01)["usage"]["completion_tokens"] == 2
+
+
 def test_names_of_other_servers_are_answered_with_ours(live: Running) -> None:
     for name, ours in (("guided_choice", "structured_outputs.choice"), ("n_predict", "max_tokens")):
         answer = live.http.post("/v1/completions", json={"prompt": "a", name: ["b"]})

@@ -101,7 +101,7 @@ class Sampled(Budgeted, kw_only=True):
     stop_token_ids: Annotated[list[Natural], Meta(max_length=16)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)] | None = None
     logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=1024)] | None = None
     max_tokens: Count | None = None
     min_tokens: Natural | None = None
