@@ -22,8 +22,8 @@ from haomiao.errors import InputError
 from haomiao.metrics.divergence import kl_divergence
 from haomiao.types import StepBatch
 from tests.engine.fakes import Clock, ask, done_of, make_engine, prompt_of, tokens_of
+from tests.engine.speculating import LikeMinded, run, speculating
 from tests.engine.test_deadlines import Machine, Times
-from tests.engine.test_speculation import LikeMinded, run, speculating
 
 MS = 1_000_000
 

@@ -120,3 +120,20 @@ def test_tokenize_and_back(live: Running) -> None:
     assert live.http.post("/detokenize", json={"tokens": tokens["tokens"]}).json()["prompt"].strip() == text
     chat = live.http.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]})
     assert chat.json()["count"] > 1
+
+
+def test_a_repetition_penalty_that_no_logit_survives_is_refused(live: Running) -> None:
+    for value in (1e-300, 1e-38, 0.0099):
+        answer = live.http.post("/v1/completions", json={"prompt": "a b", "max_tokens": 2, "repetition_penalty": value})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "repetition_penalty"
+    assert ask(live, prompt="a b", max_tokens=2, repetition_penalty=0.01)["usage"]["completion_tokens"] == 2
+
+
+def test_names_of_other_servers_are_answered_with_ours(live: Running) -> None:
+    for name, ours in (("guided_choice", "structured_outputs.choice"), ("n_predict", "max_tokens")):
+        answer = live.http.post("/v1/completions", json={"prompt": "a", name: ["b"]})
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["code"] == "unknown_parameter" and error["param"] == name
+        assert error["message"] == f"{name} is not a parameter; here it is {ours}"
+    plain = live.http.post("/v1/completions", json={"prompt": "a", "frequency": 1}).json()["error"]
+    assert plain["message"] == "frequency is not a parameter"

@@ -7,6 +7,7 @@ the environment, HAOMIAO_<FLAG>; a flag wins over its variable. SIGTERM drains, 
 from __future__ import annotations
 
 import os
+import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from typing import Any
@@ -18,18 +19,38 @@ from haomiao.errors import InputError
 def tokens(text: str) -> int:
     """A number of tokens: 4096, 32k or 32K (of 1024)."""
     digits, factor = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
-    return options.positive(digits) * factor
+    return _whole(digits, text, "a number of tokens, such as 4096 or 32k") * factor
 
 
 def memory(text: str) -> int:
     """A number of bytes: 500M, 2G (of 1024), or plain."""
     factor = {"k": 10, "m": 20, "g": 30}.get(text[-1:].lower())
-    return options.positive(text if factor is None else text[:-1]) << (factor or 0)
+    digits = text if factor is None else text[:-1]
+    return _whole(digits, text, "a number of bytes, such as 500M or 2G") << (factor or 0)
+
+
+def _whole(digits: str, text: str, what: str) -> int:
+    try:
+        return options.positive(digits)
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"must be {what}, not {text!r}") from None
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """Names separated by commas."""
-    return tuple(part for part in (each.strip() for each in text.split(",")) if part)
+    """Names separated by commas; at least one, so that an empty variable in a script leaves no server without keys."""
+    names = tuple(part for part in (each.strip() for each in text.split(",")) if part)
+    if not names:
+        raise ArgumentTypeError("is empty")
+    return names
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """Origins as browsers send them, separated by commas."""
+    found = tuple(each.lower().removesuffix("/") for each in listed(text))
+    for each in found:
+        if not re.fullmatch(r"https?://[^/?#@\s]+", each):
+            raise ArgumentTypeError(f"must be like https://example.org:8443, not {each!r}")
+    return found
 
 
 def points(text: str) -> tuple[str, ...]:
@@ -52,6 +73,22 @@ def seconds(text: str) -> float:
     value = options.number(text)
     if value <= 0:
         raise ArgumentTypeError(f"must be more than 0, not {text!r}")
+    return value
+
+
+def kl(text: str) -> float:
+    """A divergence, nats per token."""
+    value = options.number(text)
+    if value < 0:
+        raise ArgumentTypeError(f"must be at least 0, not {text!r}")
+    return value
+
+
+def part(text: str) -> float:
+    """A share of 0 to 1."""
+    value = options.number(text)
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"must be from 0 to 1, not {text!r}")
     return value
 
 
@@ -79,8 +116,8 @@ FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "speculate": (str, "who drafts tokens: auto (default), suffix, self, a model, or off"),
     "chat-template": (str, "file with a Jinja template in place of the model's own"),
     "request-templates": (flag, "let requests bring a chat template of their own"),
-    "max-kl": (options.number, "greatest mean KL, nats per token, of the points that are used: measured, and live"),
-    "monitor-rate": (options.number, "share of steps and answers that the monitor runs again (0.02 with --max-kl)"),
+    "max-kl": (kl, "greatest mean KL, nats per token, of the points that are used: measured, and live"),
+    "monitor-rate": (part, "share of steps and answers that the monitor runs again (0.02 with --max-kl)"),
     "coverage": (share, "share of the predicted bounds of budgets that is to hold (default 0.99)"),
     "max-queue": (options.positive, "requests in flight before 429 (default 256)"),
     "rate-limit": (seconds, "requests a minute per key, or per address without keys"),
@@ -92,7 +129,7 @@ FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "watchdog": (seconds, "seconds without a step before a busy engine is killed (default 5)"),
     "tls-cert": (str, "certificate chain in PEM form"),
     "tls-key": (str, "its private key"),
-    "allow-origin": (listed, "origins that may open the WebSocket, besides the server's own"),
+    "allow-origin": (origins, "origins that may open the WebSocket, besides the server's own"),
     "log-level": (options.one_of(("debug", "info", "warning", "error")), "default info: one JSON line a request"),
 }
 """Flag -> (type, help). The variable is HAOMIAO_ and the flag in capitals."""

@@ -12,7 +12,6 @@ import itertools
 import threading
 from collections import OrderedDict
 
-from haomiao.engine.prefix import PrefixNames
 from haomiao.engine.request import EngineRequest
 from haomiao.engine.sequence import Job
 from haomiao.types import KV_BLOCK_TOKENS
@@ -29,12 +28,12 @@ class Beginnings:
         self._wanted: EngineRequest | None = None
         self._lock = threading.Lock()
 
-    def refused(self, job: Job, names: PrefixNames | None) -> bool:
+    def refused(self, job: Job) -> bool:
         """Note a request that was refused. True if something is to be computed ahead now."""
         request, first = job.request, job.cached_tokens // KV_BLOCK_TOKENS
-        if names is None or request.session is not None:
+        if job.names is None or request.session is not None:
             return False
-        mine = names.names(request.prompt_ids, (len(request.prompt_ids) - 1) // KV_BLOCK_TOKENS, job.point)
+        mine = job.names.names(request.prompt_ids, (len(request.prompt_ids) - 1) // KV_BLOCK_TOKENS, job.point)
         if first >= len(mine):
             return False
         with self._lock:

@@ -289,7 +289,7 @@ class Engine:
         if error.predicted_ms is None:  # time was not the reason
             return
         doubted = (isinstance(error, BudgetError) or not self.busy) and self._rehearsal.doubt(job.points[-1])
-        if self._beginnings.refused(job, self._name_blocks(job)) or doubted:
+        if self._beginnings.refused(job) or doubted:
             self.on_waiting()
 
     def _begin_ahead(self) -> None:

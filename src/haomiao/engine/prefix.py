@@ -36,11 +36,13 @@ class PrefixChain:
 
     def names(self, tokens: Sequence[int], blocks: int) -> list[bytes]:
         """Names of the first `blocks` full blocks of `tokens`. Tokens already named must not have changed."""
-        while len(self._names) < blocks:
-            start = len(self._names) * KV_BLOCK_TOKENS
-            digest = hashlib.blake2b(self._names[-1] if self._names else self._root, digest_size=32)
-            digest.update(np.array(tokens[start : start + KV_BLOCK_TOKENS], dtype="<i4").tobytes())
-            self._names.append(digest.digest())
+        known = len(self._names)
+        if known < blocks:
+            data = np.array(tokens[known * KV_BLOCK_TOKENS : blocks * KV_BLOCK_TOKENS], dtype="<i4").tobytes()
+            name = self._names[-1] if known else self._root
+            for start in range(0, len(data), 4 * KV_BLOCK_TOKENS):
+                name = hashlib.blake2b(name + data[start : start + 4 * KV_BLOCK_TOKENS], digest_size=32).digest()
+                self._names.append(name)
         return self._names[:blocks]
 
     def lookup(self, pool: BlockPool, tokens: Sequence[int], limit: int) -> list[int]:

@@ -59,7 +59,7 @@ class Roster:
     def open(self, job: Job) -> Sequence:
         """Take a request in. Raises what its sequence or its session refuses; nothing was taken in then."""
         sequence = open_sequence(job)
-        sequence.names = self._name_blocks(job)
+        sequence.names = self._names_of(job)
         if job.request.session is not None:  # it goes on from what the session holds
             limit = reusable(sequence)
             taken = self.held.take(job.request.session, job.id, job.points, sequence.tokens, limit)
@@ -129,7 +129,7 @@ class Roster:
         held = 0
         if request.session is not None:
             held = self.held.peek(request.session, job.points, request.prompt_ids, limit)
-        names = self._name_blocks(job)
+        names = self._names_of(job)
         if names is None:
             return held
         found = names.lookup(self.pool, request.prompt_ids, limit, job.points[:1])[1]
@@ -208,6 +208,12 @@ class Roster:
     def check_integrity(self, others: Iterable[PagedState] = ()) -> None:
         """Raise `EngineError` if a KV block is lost, held twice or free while held. `others` hold blocks too."""
         self.pool.check_integrity([*self.states(), *self.held.states(), *others])
+
+    def _names_of(self, job: Job) -> PrefixNames | None:
+        """Hashed once, whoever asks first."""
+        if job.names is None:
+            job.names = self._name_blocks(job)
+        return job.names
 
     def _find_prefix(self, sequence: Sequence, point: str) -> tuple[str, list[int]]:
         """Blocks that it may start from, and the point at which they were computed: its own, or where it runs now."""

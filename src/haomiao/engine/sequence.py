@@ -55,6 +55,8 @@ class Job:
     forecast_ns: int | None = None
     """The expectation under that bound, and below it the time from which it counts."""
     admitted_ns: int = 0
+    names: PrefixNames | None = None
+    """Names of its prefix blocks, where they were asked for already."""
 
     @property
     def point(self) -> str:

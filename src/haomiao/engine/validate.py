@@ -28,9 +28,7 @@ def validate(params: SamplingParams, vocab_size: int, max_context: int) -> None:
     if params.top_p == 0.0:
         raise InputError("top_p must be more than 0 (temperature 0 is greedy)", param="top_p")
     _number("min_p", params.min_p, 0.0, 1.0)
-    _number("repetition_penalty", params.repetition_penalty, 0.0, 100.0)
-    if params.repetition_penalty == 0.0:
-        raise InputError("repetition_penalty must be more than 0; 1 is none", param="repetition_penalty")
+    _number("repetition_penalty", params.repetition_penalty, 0.01, 100.0)  # logits over less are no longer finite
     _number("presence_penalty", params.presence_penalty, -2.0, 2.0)
     _number("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
     if params.seed is not None:

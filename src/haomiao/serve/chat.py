@@ -90,13 +90,14 @@ async def make_submit(chat: Chat, salt: bytes) -> Submit:
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)
-    ids = await service.prompts.chat(body.messages, shown, variables, source=body.chat_template)
+    choices = asking.choices_of(body) if not body.logprobs else None
+    ids, options = await service.prompts.chat_choice(
+        body.messages, choices or (), shown, variables, source=body.chat_template, salt=salt
+    )
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise InputError("max_tokens is the old name of max_completion_tokens: give one", param="max_tokens")
     max_tokens = body.max_completion_tokens or body.max_tokens
-    choices = asking.choices_of(body)
-    if choices is not None and not body.logprobs:
-        options = await service.prompts.choices(choices)
+    if choices is not None:
         chat.choices, chat.choice_tokens = choices, [len(option) for option in options]
         return asking.submit_of(
             service.new_id(), ids, chat.budget, point=body.point, salt=salt, work="choose", options=options

@@ -107,7 +107,7 @@ async def make_submits(asked: Completion, salt: bytes) -> list[Submit]:
     constraint = asking.constraint_of(body.response_format, body.structured_outputs)
     choices = asking.choices_of(body) if body.logprobs is None and not body.echo else None
     asked.choices = choices
-    asked.prompts = await _prompts(asked, hello.vocab_size)
+    asked.prompts = await _prompts(asked, hello.vocab_size, salt)
     submits = []
     for prompt in asked.prompts:
         if choices is not None:
@@ -146,7 +146,7 @@ def _scoring(sampling: SamplingParams) -> SamplingParams:
     return SamplingParams(max_tokens=1, logprobs=sampling.logprobs)
 
 
-async def _prompts(asked: Completion, vocab_size: int) -> list[Prompt]:
+async def _prompts(asked: Completion, vocab_size: int, salt: bytes) -> list[Prompt]:
     """Prompts in any of the four forms: text, ids, lists of either."""
     given, service = asked.body.prompt, asked.service
     if isinstance(given, str):
@@ -161,11 +161,13 @@ async def _prompts(asked: Completion, vocab_size: int) -> list[Prompt]:
     for form in forms:
         if isinstance(form, int):
             raise InputError("prompt mixes token ids and texts", param="prompt")
-        found.append(await _prompt(service, form, asked.choices, vocab_size))
+        found.append(await _prompt(service, form, asked.choices, vocab_size, salt))
     return found
 
 
-async def _prompt(service: Service, form: str | list[int], choices: list[str] | None, vocab_size: int) -> Prompt:
+async def _prompt(
+    service: Service, form: str | list[int], choices: list[str] | None, vocab_size: int, salt: bytes
+) -> Prompt:
     if not isinstance(form, str):
         ids = asking.check_tokens(form, vocab_size)
         return Prompt("", ids, [] if choices is None else await service.prompts.choices(choices))
@@ -177,12 +179,13 @@ async def _prompt(service: Service, form: str | list[int], choices: list[str] | 
     if choices is not None:
         text, known = form, service.prompts.tokenizer
         if (codes := known.codes(choices)) is not None:
-            return Prompt(form, await service.prompts.text(form), codes)
+            return Prompt(form, await service.prompts.text(form, salt=salt), codes)
+        encode = service.prompts.encoder(salt)
         ids, options = await service.prompts.options(
-            text, lambda more: [*known.prefix_ids, *known.encode_part(text + more, True)], choices
+            text, lambda more: [*known.prefix_ids, *encode(text + more, True)], choices
         )
         return Prompt(form, ids, options)
-    return Prompt(form, await service.prompts.text(form))
+    return Prompt(form, await service.prompts.text(form, salt=salt))
 
 
 # ---- whole --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ tokenizer gives for the text as it is and for the text with another word behind 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from haomiao.errors import InputError
@@ -73,8 +74,9 @@ class Conversation:
 class Reader:
     """Turns a conversation into tokens; remembers the last prompt, so that a commit need not render it again."""
 
-    def __init__(self, prompts: Prompts) -> None:
+    def __init__(self, prompts: Prompts, salt: bytes) -> None:
         self._prompts = prompts
+        self._salt = salt
         self._last: tuple[Key, list[int]] | None = None
 
     async def prompt(self, fields: SessionFields, messages: tuple[tuple[str, str], ...], form: str) -> list[int]:
@@ -86,20 +88,26 @@ class Reader:
         self._last = (key, ids)
         return list(ids)
 
-    async def beginning(self, fields: SessionFields, conversation: Conversation, form: str) -> list[int]:
-        """Ids of what will most likely not change, whatever the user goes on to say."""
+    async def beginning(
+        self, fields: SessionFields, conversation: Conversation, form: str, asked: Callable[[], bool]
+    ) -> list[int] | None:
+        """Ids of what will most likely not change, whatever the user goes on to say. None once an answer was `asked`
+        for: it waits for this, and needs no more than the whole prompt, which is remembered."""
         instructions = fields.instructions or ""
         now = await self.prompt(fields, conversation.messages(conversation.buffer or "a"), form)
+        if asked():
+            return None
         other = conversation.buffer + " a" if conversation.buffer else "b"
         then = await self._render(form, instructions, conversation.messages(other))
         return now[: common(now, then)]
 
     async def _render(self, form: str, instructions: str, messages: tuple[tuple[str, str], ...]) -> list[int]:
         if form == "text":
-            return await self._prompts.text(instructions + "".join(text for _, text in messages), "input")
+            whole = instructions + "".join(text for _, text in messages)
+            return await self._prompts.text(whole, "input", salt=self._salt)
         told = [ChatMessage(role="system", content=instructions)] if instructions else []
         told += [ChatMessage(role=role, content=text) for role, text in messages]  # type: ignore[arg-type]
-        return await self._prompts.chat(told)
+        return await self._prompts.chat(told, salt=self._salt)
 
 
 def common(one: list[int], other: list[int]) -> int:

@@ -7,6 +7,7 @@ constraints, sampling and sequence state. It ends with its parent, because the s
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -77,6 +78,8 @@ def main(path: str) -> int:
         from haomiao.serve.engine_loop import EngineLoop
 
         loop = EngineLoop(first, link.send)
+        gc.collect()
+        gc.freeze()  # what the model and the libraries are made of is not looked through again, in the midst of a step
     except HaomiaoError as error:
         link.send(Refused.of(0, error))
         return error.exit_code

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from haomiao.serve.schemas import ChatMessage, Tool
 from haomiao.serve.settings import Settings
 
 if TYPE_CHECKING:
+    from haomiao.text.beginnings import Beginnings
     from haomiao.text.template import ChatTemplate
     from haomiao.text.tokenizer import Tokenizer
 
@@ -36,6 +38,7 @@ class Prompts:
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="haomiao-text")
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
+        self._beginnings: Beginnings | None = None
         self._longest = self._wordiest = 1  # bytes of the vocabulary's longest token, words of its wordiest
         self.hello: Hello | None = None
 
@@ -45,6 +48,8 @@ class Prompts:
             self.hello = hello
             return
         self._pool.submit(lambda: None)  # starts the other thread now, while this one is busy
+        import haomiao.api.requests  # noqa: F401 - the first choice would wait half a second for it
+        from haomiao.text.beginnings import Beginnings
         from haomiao.text.template import ChatTemplate, encode_chat
         from haomiao.text.tokenizer import Tokenizer
 
@@ -65,7 +70,10 @@ class Prompts:
             self._longest = max(1, *map(len, tokens))
             self._wordiest = max(1, *(len(token.decode("utf-8", "replace").split()) for token in tokens))
             self._template = template
+            self._beginnings = Beginnings(tokenizer)
         self._tokenizer = tokenizer
+        gc.collect()
+        gc.freeze()  # the collector looks only through what requests make
         self.hello = hello
 
     def close(self) -> None:
@@ -103,12 +111,19 @@ class Prompts:
 
     # ---- off the loop ---------------------------------------------------------------------------------------------
 
-    async def text(self, prompt: str, param: str = "prompt", *, special: bool = True) -> list[int]:
+    def encoder(self, salt: bytes | None) -> Callable[[str, bool], list[int]]:
+        """`Tokenizer.encode_part`; with a salt, the beginnings of texts of the same salt are remembered."""
+        tokenizer, beginnings = self.tokenizer, self._beginnings
+        if salt is None or beginnings is None:
+            return tokenizer.encode_part
+        return lambda text, special: beginnings.encode(text, special, salt)
+
+    async def text(
+        self, prompt: str, param: str = "prompt", *, special: bool = True, salt: bytes | None = None
+    ) -> list[int]:
         """Ids of a prompt, BOS as the model has it; special tokens in it are recognised unless `special` is False."""
-        tokenizer = self.tokenizer
-        return await self.encoded(
-            [prompt], param, lambda: [*tokenizer.prefix_ids, *tokenizer.encode_part(prompt, special)]
-        )
+        tokenizer, encode = self.tokenizer, self.encoder(salt)
+        return await self.encoded([prompt], param, lambda: [*tokenizer.prefix_ids, *encode(prompt, special)])
 
     async def encoded(self, texts: Sequence[str], param: str, encode: Callable[[], T]) -> T:
         """What `encode` makes of the texts, on a thread. Raises `ContextLengthError` before it is called if they cannot
@@ -130,8 +145,29 @@ class Prompts:
         *,
         source: str | None = None,
         add_generation_prompt: bool = True,
+        salt: bytes | None = None,
     ) -> list[int]:
         """Ids of a conversation, up to where the answer begins. `source` is a template of the request's own."""
+        return (
+            await self.chat_choice(
+                messages, (), tools, variables, source=source, add_generation_prompt=add_generation_prompt, salt=salt
+            )
+        )[0]
+
+    async def chat_choice(
+        self,
+        messages: Sequence[ChatMessage],
+        choices: Sequence[str],
+        tools: Sequence[Tool] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        *,
+        source: str | None = None,
+        add_generation_prompt: bool = True,
+        salt: bytes | None = None,
+    ) -> tuple[list[int], list[list[int]]]:
+        """The same, and ids of the options of a choice, each by itself."""
+        for choice in choices:
+            self.check_size(len(choice), "choice")
         plain = [plain_message(message, index) for index, message in enumerate(messages)]
         texts = [str(message["content"] or "") for message in plain]
         for name in variables or ():
@@ -148,20 +184,24 @@ class Prompts:
             )
         from haomiao.text.template import encode_chat
 
-        tokenizer, template = self.tokenizer, self.template
+        tokenizer, template, encode = self.tokenizer, self.template, self.encoder(salt)
         if source is not None:
             template = _with_source(tokenizer, source)
         described = None if not tools else [_plain(tool) for tool in tools]
         return await self.encoded(
             texts,
             "messages",
-            lambda: encode_chat(
-                tokenizer,
-                template,
-                plain,
-                add_generation_prompt=add_generation_prompt,
-                tools=described,
-                **dict(variables or {}),
+            lambda: (
+                encode_chat(
+                    tokenizer,
+                    template,
+                    plain,
+                    add_generation_prompt=add_generation_prompt,
+                    tools=described,
+                    encode=encode,
+                    **dict(variables or {}),
+                ),
+                tokenizer.encode_options(choices) if choices else [],
             ),
         )
 

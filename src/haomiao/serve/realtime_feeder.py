@@ -23,7 +23,7 @@ class Feeder:
     def __init__(self, socket: Socket) -> None:
         self._socket = socket
         self._service = socket.service
-        self.reader = Reader(socket.service.prompts)
+        self.reader = Reader(socket.service.prompts, socket.salt)
         self.turn = asyncio.Lock()
         """Held while tokens are sent to the engine, so that positions agree."""
         self._connection: Any = None
@@ -47,8 +47,12 @@ class Feeder:
 
     async def _feed(self) -> None:
         socket = self._socket
-        ids = await self.reader.beginning(socket.fields, socket.conversation, socket.form)
-        if socket.response is not None:  # its own prefill computes this, in the same step as the first token
+        if socket.response is not None:
+            return
+        ids = await self.reader.beginning(
+            socket.fields, socket.conversation, socket.form, lambda: socket.response is not None
+        )
+        if ids is None or socket.response is not None:  # its own prefill computes this, in the step of the first token
             return
         self.open()
         position = common(self._fed, ids)

@@ -101,7 +101,7 @@ class Sampled(Budgeted, kw_only=True):
     stop_token_ids: Annotated[list[Natural], Meta(max_length=16)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)] | None = None
     logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=1024)] | None = None
     max_tokens: Count | None = None
     min_tokens: Natural | None = None
@@ -306,3 +306,17 @@ REFUSED: dict[str, str] = {
     "prompt": "prompt templates are not stored here",
 }
 """Fields that are understood and cannot be served: field -> one line."""
+ELSEWHERE: dict[str, str] = {
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+    "json_schema": "response_format or structured_outputs.json",
+    "grammar": "structured_outputs.grammar",
+    "n_predict": "max_tokens",
+    "repeat_penalty": "repetition_penalty",
+    "n_probs": "logprobs",
+    "cache_prompt": "always done",
+    "content": "prompt",
+}
+"""What vLLM once called, and llama-server calls, what exists here under another name."""

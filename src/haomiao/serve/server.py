@@ -165,5 +165,8 @@ def read_template(path: str) -> str:
     try:
         data = Path(path).read_bytes()
         return data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--chat-template: cannot read {path}: {error}", param="chat_template") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--chat-template: {path} is not UTF-8 text", param="chat_template") from error
+    except OSError as error:
+        why = error.strerror or error
+        raise InputError(f"--chat-template: cannot read {path}: {why}", param="chat_template") from error

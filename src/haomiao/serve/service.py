@@ -17,7 +17,7 @@ from haomiao.serve.guard import Keys, Rates
 from haomiao.serve.messages import Hello, Submit
 from haomiao.serve.metrics import Metrics
 from haomiao.serve.prompts import Prompts
-from haomiao.serve.schemas import REFUSED, Body, Timed
+from haomiao.serve.schemas import ELSEWHERE, REFUSED, Body, Timed
 from haomiao.serve.settings import Settings
 from haomiao.serve.supervisor import Supervisor
 
@@ -159,10 +159,16 @@ class Service:
     async def read(self, request: Request, kind: type[jsonbody.T]) -> jsonbody.T:
         """The body as `kind`. Raises `HttpError` for its size, type and time, `InputError` for what it says."""
         data = await read_body(request, self.settings.limits.body_bytes, self.settings.limits.receive_seconds)
-        if len(data) <= INLINE_BYTES:
-            body = jsonbody.decode(data, kind)
-        else:
-            body = await self.prompts.run(lambda: jsonbody.decode(data, kind))
+        try:
+            if len(data) <= INLINE_BYTES:
+                body = jsonbody.decode(data, kind)
+            else:
+                body = await self.prompts.run(lambda: jsonbody.decode(data, kind))
+        except InputError as error:
+            known = ELSEWHERE.get(error.param or "") if error.code == "unknown_parameter" else None
+            if known is None:
+                raise
+            raise InputError(f"{error}; here it is {known}", param=error.param, code=error.code) from error
         if isinstance(body, Body):
             refuse_unsupported(body)
         return body

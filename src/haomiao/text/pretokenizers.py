@@ -35,6 +35,8 @@ def _cased(end: str, numbers: str, upper: str = _UPPER, lower: str = _LOWER, pun
 
 
 _O200K = _cased(rf"{_CONTRACTIONS}?", r"\p{N}{1,3}")
+PART_AT_WORDS = frozenset([_GPT2, _QWEN2, _LLAMA3, _O200K])
+"""Patterns that begin a new word at a space between two letters, whatever stands around."""
 _HAN_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _HAN_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _KIMI = r"[\p{Han}]+|" + _cased(rf"{_CONTRACTIONS}?", r"\p{N}{1,3}", _HAN_UPPER, _HAN_LOWER, r"[\r\n]*")

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from haomiao.errors import InputError, TemplateError
 from haomiao.text.template_process import PROCESS
@@ -133,6 +134,7 @@ def encode_chat(
     *,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    encode: Callable[[str, bool], list[int]] | None = None,
     **kwargs: Any,
 ) -> list[int]:
     """Ids of a conversation: the template's own special tokens are control tokens, those in content are plain text.
@@ -144,9 +146,11 @@ def encode_chat(
     mark travels with the text it guards. Roles are checked instead. Added tokens that are not special but look like
     markup (`<think>`, `<tool_call>`) are guarded too, except in what the assistant said.
 
-    BOS is added only with the fallback template: a checkpoint's own template writes it.
+    BOS is added only with the fallback template: a checkpoint's own template writes it. `encode` stands in for
+    `Tokenizer.encode_part`, of which it must give the ids.
     """
-    guard = _Guard(tokenizer)
+    encode = encode or tokenizer.encode_part
+    guard = _Guard(tokenizer, encode)
     marked, tools_marked = guard.messages(messages), guard.value(tools)
     prompt = template.render(
         marked if guard.used else messages,
@@ -154,21 +158,20 @@ def encode_chat(
         tools=tools_marked if guard.used else tools,
         **({key: guard.value(value) for key, value in kwargs.items()} if guard.used else kwargs),
     )
-    ids = guard.encode(prompt) if guard.used else tokenizer.encode_part(prompt, special=True)
+    ids = guard.encode(prompt) if guard.used else encode(prompt, True)
     return [*tokenizer.prefix_ids, *ids] if template.fallback else ids
 
 
 class _Guard:
     """Marks special-token text in the strings of one conversation, and encodes the prompt they were rendered into."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._added = tokenizer.added_tokens
-        special = {text for text, id_ in self._added.items() if id_ in tokenizer.special_ids}
-        markup = {text for text in self._added if text not in special and _looks_like_markup(text)}
-        self._markup = markup
-        self._strict = _Patterns(special | markup)
-        self._lenient = _Patterns(special)
+    def __init__(self, tokenizer: Tokenizer, encode: Callable[[str, bool], list[int]]) -> None:
+        self._encode = encode
+        known = _KNOWN.get(tokenizer)
+        if known is None:
+            known = _KNOWN[tokenizer] = _Guarded(tokenizer)
+        self._added, self._markup = known.added, known.markup
+        self._strict, self._lenient = known.strict, known.lenient
         self.used = False
         """True once anything has been marked."""
         self.mark = "\uf8f0"
@@ -220,10 +223,10 @@ class _Guard:
         """Ids of text without whole special tokens; marks are removed."""
         plain = text.replace(self.mark, "")
         if len(plain) == len(text) or not any(markup in plain for markup in self._markup):
-            return self._tokenizer.encode_part(plain, special=False) if plain else []
+            return self._encode(plain, False) if plain else []
         # Added tokens that are not special are found in content, too: what the mark parts stays apart.
         parts = [part for part in text.split(self.mark) if part]
-        return [id_ for part in parts for id_ in self._tokenizer.encode_part(part, special=False)]
+        return [id_ for part in parts for id_ in self._encode(part, False)]
 
 
 class _Patterns:
@@ -249,6 +252,20 @@ class _Patterns:
             return text
         cuts = [0, *sorted(places), len(text)]
         return mark.join(text[start:end] for start, end in pairwise(cuts))
+
+
+class _Guarded:
+    """What must not be said in a tokenizer's conversations; the same for all of them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.added = tokenizer.added_tokens
+        special = {text for text, id_ in self.added.items() if id_ in tokenizer.special_ids}
+        self.markup = {text for text in self.added if text not in special and _looks_like_markup(text)}
+        self.strict = _Patterns(special | self.markup)
+        self.lenient = _Patterns(special)
+
+
+_KNOWN: WeakKeyDictionary[Tokenizer, _Guarded] = WeakKeyDictionary()
 
 
 def _looks_like_markup(text: str) -> bool:

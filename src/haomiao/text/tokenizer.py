@@ -94,6 +94,11 @@ class Tokenizer:
         return backend
 
     @property
+    def segments_itself(self) -> bool:
+        """True if text is segmented by an algorithm that the library does not have exactly."""
+        return self._encoder is not None
+
+    @property
     def add_bos(self) -> bool:
         """True if a prompt begins with BOS."""
         return self.bos_id is not None and self.bos_id in self.prefix_ids
