@@ -2,10 +2,11 @@
 
     python benchmarks/soak_server.py [MODEL] --seconds 3600 --rate 6 --threads 2 --name soak-2-threads
 
-Starts `haomiao serve`, offers the workload `mixed` open loop in windows, and looks after each at the server from
-outside: resident memory, file descriptors and threads of both its processes, KV blocks in use. What clients that stayed
-saw is compared between the first and the last quarter of the windows. Ends with a status other than 0 if the 99th
-percentile drifted by 5 %, resident memory by 2 %, or anything else was left behind. One JSON line last.
+Starts `haomiao serve`, offers the workload `mixed` open loop in windows, the same trace in each so that what differs is
+the server's doing (the first warms up and is left out), and looks after each at the server from outside: resident
+memory, file descriptors and threads of both its processes, KV blocks in use. What clients that stayed saw is compared
+between the first and the last quarter of the windows. Ends with a status other than 0 if the 99th percentile drifted by
+5 %, resident memory by 2 %, or anything else was left behind. One JSON line last.
 """
 
 from __future__ import annotations
@@ -100,15 +101,15 @@ async def offer(client: Client, model: str, mix: Mix, trace: list[Offer], rng: R
 
 async def soak(url: str, pid: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All windows."""
-    mix, rng, model = open_mix("mixed"), Random(args.seed), ""
+    mix, model = open_mix("mixed"), ""
     seconds = args.seconds / args.windows
     windows = []
     for index in range(args.windows):
-        trace = draw_trace(mix, rate=args.rate, count=max(1, round(args.rate * seconds)), seed=args.seed + index)
+        trace = draw_trace(mix, rate=args.rate, count=max(1, round(args.rate * seconds)), seed=args.seed)
         began = time.monotonic()
         client = Client(url)
         model = model or await model_of(client)
-        stayed, left = await offer(client, model, mix, trace, rng)
+        stayed, left = await offer(client, model, mix, trace, Random(args.seed))
         client.close()
         times = [record.end_ms - record.sent_ms for record in stayed if record.status == 200 and record.error is None]
         gauges = await settled(url)
