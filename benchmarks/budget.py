@@ -313,11 +313,25 @@ def rate_of(inside: int, of: int) -> dict[str, float]:
     return {"stated": 0.99, "measured": inside / of if of else float("nan"), "count": of}
 
 
+def loaded(bench: Bench, args: argparse.Namespace, begun: float) -> dict[str, Any]:
+    """Budgets from the idle machine, capacity, then the open loop."""
+    for kind in KINDS:
+        bench.alone(kind, 3)
+    alone = {kind.name: float(np.median(bench.alone(kind, 15))) for kind in KINDS}
+    bench.budgets = {name: float(np.ceil(args.factor * milliseconds)) for name, milliseconds in alone.items()}
+    capacity = bench.capacity(6.0)
+    print(f"idle medians {alone} ms; capacity {capacity:.1f} requests/s", flush=True)
+    found = {"calibration_s": time.monotonic() - begun, "idle_ms": alone}
+    found |= {"capacity_per_s": capacity, "load": args.load}
+    open_loop(bench, 300, args.load * capacity)  # warms up
+    return found | {"open_loop": open_loop(bench, args.requests, args.load * capacity)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--requests", type=int, default=3000, help="0: the choice and the session alone")
     parser.add_argument("--load", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--factor", type=float, default=3.0, help="budget / median latency on the idle machine")
@@ -328,12 +342,6 @@ def main() -> int:
         begun = time.monotonic()
         llm.calibrate(again=True)
         bench = Bench(llm, args.seed)
-        for kind in KINDS:
-            bench.alone(kind, 3)
-        alone = {kind.name: float(np.median(bench.alone(kind, 15))) for kind in KINDS}
-        bench.budgets = {name: float(np.ceil(args.factor * milliseconds)) for name, milliseconds in alone.items()}
-        capacity = bench.capacity(6.0)
-        print(f"idle medians {alone} ms; capacity {capacity:.1f} requests/s", flush=True)
         found: dict[str, Any] = {
             "machine": machine(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -342,17 +350,13 @@ def main() -> int:
             "model": llm.name,
             "threads": llm.threads,
             "isa": llm.isa,
-            "calibration_s": time.monotonic() - begun,
-            "idle_ms": alone,
-            "capacity_per_s": capacity,
-            "load": args.load,
-            "warm_up": open_loop(bench, 300, args.load * capacity),
         }
-        del found["warm_up"]
-        found["open_loop"] = open_loop(bench, args.requests, args.load * capacity)
+        if args.requests:
+            found |= loaded(bench, args, begun)
         found["cached_choice"] = cached_choice(bench, 150)
         found["session"] = fed_session(llm, 60)
-        found["neighbour"] = neighbour(bench, KINDS[2], 2.0)
+        if args.requests:
+            found["neighbour"] = neighbour(bench, KINDS[2], 2.0)
     for name, value in found.items():
         print(f"{name:>16}: {value}")
     if args.json:
