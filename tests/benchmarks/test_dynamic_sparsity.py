@@ -14,10 +14,11 @@ import pytest
 
 from haomiao.api import LLM
 from haomiao.load.artifact import Artifact
+from haomiao.models.open import embedded_path
 from haomiao.models.registry import plan_for
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "src" / "haomiao" / "assets" / "haomiao-4m"
+MODEL = embedded_path()
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests beside the river until the evening comes."
 
 

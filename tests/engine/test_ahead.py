@@ -117,6 +117,18 @@ def test_what_is_no_matter_of_time_or_not_shared_is_not_computed() -> None:
     assert submit(engine, clock, 3, salt=b"two") is not None and submit(engine, clock, 3, salt=b"one") is None
 
 
+def test_of_long_beginnings_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered of a prompt is bounded; the rest is found by those that are refused after."""
+    monkeypatch.setattr("haomiao.engine.ahead.KEPT_BLOCKS", 2)
+    engine, clock = engine_with()
+    for number, cached in ((1, 0), (2, 2), (3, 2), (4, 3)):
+        assert submit(engine, clock, number, deadline_ns=within(clock, 1.5)) is None
+        rest(engine)
+        assert engine.pool.cached == cached
+        assert all(len(names) <= 2 for names in engine._refused_prompts._seen.values())
+    assert submit(engine, clock, 5) is not None
+
+
 def test_a_full_engine_forgets_it() -> None:
     engine, clock = engine_with(max_requests=1)
     for number in (1, 2):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from haomiao.engine.batch import work_of_new
 from haomiao.engine.request import DoneEvent, EngineRequest
 from haomiao.types import StepBatch
 from tests.engine.fakes import (
@@ -127,6 +128,8 @@ def test_options_of_one_token_without_an_end_are_read_off_one_row(
     assert scores[1] == scores[3]
     assert len(executor.batches) == -(-length // step_tokens)
     assert engine.pool.available == executor.kv_blocks
+    work = work_of_new(engine._accept(EngineRequest(prompt, work="choose", options=options)))
+    assert (work.prefill, work.width, work.rows) == (length, 1, 1), "it is promised as one sequence and one row"
     engine.check_integrity()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.serve.census import census, eventually, unharmed
 from tests.serve.conftest import Running
-from tests.serve.test_faults_http import refusal
+from tests.serve.test_faults_http import assert_refused
 
 
 def schema(value: Any) -> dict[str, Any]:
@@ -19,8 +19,8 @@ def schema(value: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("value", [0, -1, -0.5, 1e308])
 def test_19_budget_not_positive(live: Running, value: float) -> None:
-    refusal(live.chat(budget_ms=value), 400, param="budget_ms")
-    refusal(live.chat(ttft_ms=value), 400, param="ttft_ms")
+    assert_refused(live.chat(budget_ms=value), 400, param="budget_ms")
+    assert_refused(live.chat(ttft_ms=value), 400, param="ttft_ms")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_19_budget_not_positive(live: Running, value: float) -> None:
 )
 def test_19_budget_in_headers(live: Running, header: str, value: str) -> None:
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
-    refusal(live.http.post("/v1/chat/completions", json=body, headers={header: value}), 400)
+    assert_refused(live.http.post("/v1/chat/completions", json=body, headers={header: value}), 400)
 
 
 def test_19_impossible_even_idle(live: Running) -> None:
@@ -54,7 +54,7 @@ def test_19_impossible_even_idle(live: Running) -> None:
             assert response.status_code in (422, 504), response.text
             assert response.json()["error"]["code"] in ("budget_infeasible", "budget_exhausted")
             assert response.headers["x-should-retry"] == "false"
-        refusal(live.chat(ttft_ms=0.0001), 422, code="budget_infeasible", param="ttft_ms")
+        assert_refused(live.chat(ttft_ms=0.0001), 422, code="budget_infeasible", param="ttft_ms")
 
 
 def test_20_budget_ends_mid_stream(live: Running) -> None:
@@ -86,7 +86,7 @@ def test_21_schemas_without_bounds(live: Running) -> None:
     with unharmed(live):
         for wrong in (huge, long, {"$ref": "http://169.254.169.254/x"}, {"type": "nonsense"}):
             response = live.chat(**schema(wrong))
-            refusal(response, 400)
+            assert_refused(response, 400)
         recursive = {
             "$ref": "#/$defs/a",
             "$defs": {"a": {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}}},
@@ -95,7 +95,7 @@ def test_21_schemas_without_bounds(live: Running) -> None:
         deep = json.dumps({"messages": [{"role": "user", "content": "x"}]})[:-1] + ', "response_format": '
         deep += '{"type": "json_schema", "json_schema": {"schema": ' + '{"items": ' * 100_000 + "{}" + "}" * 100_003
         headers = {"content-type": "application/json"}
-        refusal(live.http.post("/v1/chat/completions", content=deep.encode(), headers=headers), 400)
+        assert_refused(live.http.post("/v1/chat/completions", content=deep.encode(), headers=headers), 400)
         endless = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
         assert live.chat(**schema(endless)).status_code in (200, 400)
 
@@ -109,7 +109,7 @@ def test_22_patterns(live: Running, pattern: str) -> None:
         response = live.chat(structured_outputs={"regex": pattern})
         assert response.status_code in (200, 400), response.text
         if pattern.startswith(("(?=", "(?<")) or "\\1" in pattern:
-            refusal(response, 400)
+            assert_refused(response, 400)
 
 
 def test_23_many_schemas(live: Running) -> None:
@@ -122,9 +122,9 @@ def test_23_many_schemas(live: Running) -> None:
 
 def test_24_templates_of_requests(live: Running, start: Any) -> None:
     with unharmed(live):
-        refusal(live.chat(chat_template="{{ messages }}"), 400, param="chat_template")
-        refusal(live.chat(chat_template_kwargs={"messages": []}), 400, param="chat_template_kwargs.messages")
-        refusal(live.chat(chat_template_kwargs={"bos_token": "x"}), 400, param="chat_template_kwargs.bos_token")
+        assert_refused(live.chat(chat_template="{{ messages }}"), 400, param="chat_template")
+        assert_refused(live.chat(chat_template_kwargs={"messages": []}), 400, param="chat_template_kwargs.messages")
+        assert_refused(live.chat(chat_template_kwargs={"bos_token": "x"}), 400, param="chat_template_kwargs.bos_token")
         assert live.chat(chat_template_kwargs={"enable_thinking": False}).status_code == 200
     allowed = start(request_templates=True)
     assert allowed.chat(chat_template="{{ messages[0].content }}").status_code == 200
@@ -146,7 +146,7 @@ def test_25_templates_that_reach_out(start: Any) -> None:
             response = running.chat(chat_template=source)
             assert response.status_code == 400 or "uid=" not in response.text
             if response.status_code == 400:
-                refusal(response, 400, code="template_error")
+                assert_refused(response, 400, code="template_error")
 
 
 def test_26_templates_that_do_not_end(start: Any) -> None:
@@ -154,7 +154,7 @@ def test_26_templates_that_do_not_end(start: Any) -> None:
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with unharmed(running):
         for source in (loops, "{{ 'x' * 1000000000 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"):
-            refusal(running.chat(chat_template=source), 400, code="template_error")
+            assert_refused(running.chat(chat_template=source), 400, code="template_error")
 
 
 URLS = [
@@ -172,7 +172,7 @@ def test_32_media_are_not_fetched(live: Running, kind: str, monkeypatch: pytest.
         for url in URLS:
             part = {"type": kind, kind: {"url": url}}
             response = live.chat(messages=[{"role": "user", "content": [part]}])
-            refusal(response, 400, param="messages[0].content[0]")
+            assert_refused(response, 400, param="messages[0].content[0]")
 
 
 def test_33_kv_is_short(start: Any) -> None:
@@ -183,16 +183,16 @@ def test_33_kv_is_short(start: Any) -> None:
         together = running.chat(n=3, max_tokens=room // 2, ignore_eos=True)
         assert together.status_code == 200, together.text
         assert all(choice["finish_reason"] == "length" for choice in together.json()["choices"])
-        refusal(running.chat(max_tokens=room + 1), 400, code="context_length_exceeded")
+        assert_refused(running.chat(max_tokens=room + 1), 400, code="context_length_exceeded")
         assert eventually(lambda: census(running).kv_held == 0)
 
 
 def test_unsupported_fields_are_named(live: Running) -> None:
     for name, value in (("audio", {"voice": "x"}), ("functions", []), ("prediction", {}), ("web_search_options", {})):
         response = live.chat(**{name: value if value else {"x": 1}})
-        refusal(response, 400, code="unsupported_parameter", param=name)
-    refusal(live.http.post("/v1/completions", json={"prompt": "x", "suffix": "y"}), 400, param="suffix")
-    refusal(live.http.post("/v1/responses", json={"input": "x", "previous_response_id": "r"}), 400)
+        assert_refused(response, 400, code="unsupported_parameter", param=name)
+    assert_refused(live.http.post("/v1/completions", json={"prompt": "x", "suffix": "y"}), 400, param="suffix")
+    assert_refused(live.http.post("/v1/responses", json={"input": "x", "previous_response_id": "r"}), 400)
 
 
 def test_harmless_fields_are_accepted(live: Running) -> None:
@@ -239,7 +239,7 @@ def test_tool_calls(live: Running) -> None:
         assert json.loads(call["function"]["arguments"]) == {"room": "hall"}
     streamed = live.chat(**asked, stream=True).text
     assert ("tool_calls" in streamed) == (found["finish_reason"] == "tool_calls")
-    refusal(live.chat(tool_choice="required"), 400, param="tool_choice")
+    assert_refused(live.chat(tool_choice="required"), 400, param="tool_choice")
 
 
 def test_a_chat_template_from_a_file(start: Any, tmp_path: Path) -> None:

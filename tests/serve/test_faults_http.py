@@ -17,7 +17,7 @@ from tests.serve.conftest import CHAT, Running
 PATH = "/v1/chat/completions"
 
 
-def refusal(response: httpx.Response, expected: int, code: str | None = None, param: str | None = None) -> None:
+def assert_refused(response: httpx.Response, expected: int, code: str | None = None, param: str | None = None) -> None:
     """An error object in OpenAI's form."""
     assert response.status_code == expected, response.text
     error = response.json()["error"]
@@ -34,7 +34,7 @@ def refusal(response: httpx.Response, expected: int, code: str | None = None, pa
 )
 def test_01_invalid_json(live: Running, body: bytes) -> None:
     with unharmed(live):
-        refusal(live.http.post(PATH, content=body, headers={"content-type": "application/json"}), 400)
+        assert_refused(live.http.post(PATH, content=body, headers={"content-type": "application/json"}), 400)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -66,7 +66,7 @@ def test_04_depth_and_duplicates(live: Running) -> None:
     nested = b'{"messages": [{"role": "user", "role": "system", "content": "x"}]}'
     with unharmed(live):
         for body in (deep, bottomless, twice, nested):
-            refusal(live.http.post(PATH, content=body, headers={"content-type": "application/json"}), 400)
+            assert_refused(live.http.post(PATH, content=body, headers={"content-type": "application/json"}), 400)
 
 
 NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "-1", "9223372036854775808", "true", '"1"', "1e400", "[1]"]
@@ -80,9 +80,9 @@ def test_05_numbers(live: Running, field: str, value: str) -> None:
     body = f'{{"messages": [{{"role": "user", "content": "x"}}], "{field}": {value}}}'
     response = live.http.post(PATH, content=body.encode(), headers={"content-type": "application/json"})
     if value in ("NaN", "Infinity", "-Infinity"):
-        refusal(response, 400)  # not JSON at all
+        assert_refused(response, 400)  # not JSON at all
     else:
-        refusal(response, 400, param=field)
+        assert_refused(response, 400, param=field)
 
 
 def test_05_is_unharmed(live: Running) -> None:
@@ -105,26 +105,30 @@ def test_05_is_unharmed(live: Running) -> None:
 )
 def test_06_too_many(live: Running, field: str, value: Any) -> None:
     with unharmed(live):
-        refusal(live.chat(**{field: value, "logprobs": True}), 400, param=field)
+        assert_refused(live.chat(**{field: value, "logprobs": True}), 400, param=field)
 
 
 def test_06_logprobs_of_completions(live: Running) -> None:
-    refusal(live.http.post("/v1/completions", json={"prompt": "x", "logprobs": 21}), 400, param="logprobs")
+    assert_refused(live.http.post("/v1/completions", json={"prompt": "x", "logprobs": 21}), 400, param="logprobs")
 
 
 def test_07_max_tokens(live: Running) -> None:
     with unharmed(live):
-        refusal(live.chat(max_tokens=0), 400, param="max_tokens")
-        refusal(live.chat(max_tokens=-5), 400, param="max_tokens")
-        refusal(live.chat(max_tokens=100_000), 400, code="context_length_exceeded", param="max_tokens")
+        assert_refused(live.chat(max_tokens=0), 400, param="max_tokens")
+        assert_refused(live.chat(max_tokens=-5), 400, param="max_tokens")
+        assert_refused(live.chat(max_tokens=100_000), 400, code="context_length_exceeded", param="max_tokens")
 
 
 def test_08_prompt_over_context(live: Running) -> None:
     with unharmed(live):
         for size in (3_000, 300_000):
             content = "word " * size
-            refusal(live.chat(messages=[{"role": "user", "content": content}]), 400, code="context_length_exceeded")
-        refusal(live.http.post("/v1/completions", json={"prompt": [1] * 5000}), 400, code="context_length_exceeded")
+            assert_refused(
+                live.chat(messages=[{"role": "user", "content": content}]), 400, code="context_length_exceeded"
+            )
+        assert_refused(
+            live.http.post("/v1/completions", json={"prompt": [1] * 5000}), 400, code="context_length_exceeded"
+        )
 
 
 @pytest.mark.parametrize(
@@ -142,7 +146,7 @@ def test_08_prompt_over_context(live: Running) -> None:
 )
 def test_09_messages(live: Running, messages: Any) -> None:
     with unharmed(live):
-        refusal(live.chat(messages=messages), 400)
+        assert_refused(live.chat(messages=messages), 400)
 
 
 @pytest.mark.parametrize("prompt", [[], [[]], [""], [1, "x"], None, 5])
@@ -152,16 +156,16 @@ def test_09_prompts(live: Running, prompt: Any) -> None:
         if prompt == [""] and response.status_code == 200:
             assert live.service.prompts.tokenizer.prefix_ids  # the empty text has a BOS to go on from
         else:
-            refusal(response, 400)
+            assert_refused(response, 400)
 
 
 @pytest.mark.parametrize("token", [-1, 1 << 20, 1 << 31, 1 << 62])
 def test_10_token_ids(live: Running, token: int) -> None:
     with unharmed(live):
-        refusal(live.http.post("/v1/completions", json={"prompt": [1, token]}), 400)
-        refusal(live.http.post("/detokenize", json={"tokens": [token]}), 400)
-        refusal(live.chat(logit_bias={str(token): 1.0}), 400)
-        refusal(live.chat(stop_token_ids=[token]), 400)
+        assert_refused(live.http.post("/v1/completions", json={"prompt": [1, token]}), 400)
+        assert_refused(live.http.post("/detokenize", json={"tokens": [token]}), 400)
+        assert_refused(live.chat(logit_bias={str(token): 1.0}), 400)
+        assert_refused(live.chat(stop_token_ids=[token]), 400)
 
 
 def test_11_surrogates_and_controls(live: Running) -> None:
@@ -169,7 +173,7 @@ def test_11_surrogates_and_controls(live: Running) -> None:
         for text in ("\\ud800", "a\\udfff", "\\ud800\\ud800"):
             body = f'{{"messages": [{{"role": "user", "content": "{text}"}}], "max_tokens": 1}}'
             response = live.http.post(PATH, content=body.encode(), headers={"content-type": "application/json"})
-            refusal(response, 400)
+            assert_refused(response, 400)
         assert live.chat(messages=[{"role": "user", "content": "a\x00b"}]).status_code in (200, 400)
 
 
@@ -186,21 +190,21 @@ def test_11_special_tokens_are_text(live: Running) -> None:
 
 def test_12_unknown_model(live: Running) -> None:
     with unharmed(live):
-        refusal(live.chat(model="gpt-99"), 404, code="model_not_found", param="model")
-        refusal(live.http.get("/v1/models/gpt-99"), 404, code="model_not_found")
+        assert_refused(live.chat(model="gpt-99"), 404, code="model_not_found", param="model")
+        assert_refused(live.http.get("/v1/models/gpt-99"), 404, code="model_not_found")
         assert live.http.get(f"/v1/models/{EMBEDDED}").json()["id"] == EMBEDDED
 
 
 def test_13_routes_methods_types(live: Running) -> None:
     with unharmed(live):
-        refusal(live.http.get("/v2/unknown"), 404)
-        refusal(live.http.post("/v1/chat/completions/"), 404)
-        refusal(live.http.get(PATH), 405)
-        refusal(live.http.delete("/health"), 405)
+        assert_refused(live.http.get("/v2/unknown"), 404)
+        assert_refused(live.http.post("/v1/chat/completions/"), 404)
+        assert_refused(live.http.get(PATH), 405)
+        assert_refused(live.http.delete("/health"), 405)
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
-            refusal(live.http.post(PATH, content=json.dumps(CHAT), headers={"content-type": kind}), 415)
+            assert_refused(live.http.post(PATH, content=json.dumps(CHAT), headers={"content-type": kind}), 415)
         compressed = {"content-type": "application/json", "content-encoding": "gzip"}
-        refusal(live.http.post(PATH, content=b"x", headers=compressed), 415)
+        assert_refused(live.http.post(PATH, content=b"x", headers=compressed), 415)
 
 
 def test_14_keys(start: Any) -> None:
@@ -214,9 +218,9 @@ def test_14_keys(start: Any) -> None:
     ):
         for path in ("/v1/models", "/metrics", "/openapi.json", "/no/such/route"):
             response = http.get(path, headers=headers)
-            refusal(response, 401, code="invalid_api_key")
+            assert_refused(response, 401, code="invalid_api_key")
             assert response.headers["www-authenticate"] == "Bearer"
-        refusal(http.post(PATH, json=CHAT, headers=headers), 401)
+        assert_refused(http.post(PATH, json=CHAT, headers=headers), 401)
     for key in ("first-key", "second-key"):
         assert http.post(PATH, json=CHAT, headers={"authorization": f"Bearer {key}"}).status_code == 200
     assert http.get("/health").status_code == 200 and http.get("/ready").status_code == 200
@@ -276,7 +280,7 @@ def test_18_queue_full(start: Any) -> None:
     with unharmed(running), running.http.stream("POST", PATH, json=body) as first:
         assert first.status_code == 200
         response = httpx.post(running.url + PATH, json=CHAT, trust_env=False)
-        refusal(response, 429, code="queue_full")
+        assert_refused(response, 429, code="queue_full")
         assert int(response.headers["retry-after"]) >= 1
 
 
@@ -284,7 +288,7 @@ def test_18_rates(start: Any) -> None:
     running = start(rate=6.0)
     responses = [running.chat() for _ in range(3)]
     assert [response.status_code for response in responses] == [200, 429, 429]
-    refusal(responses[1], 429, code="rate_limited")
+    assert_refused(responses[1], 429, code="rate_limited")
     assert 1 <= int(responses[1].headers["retry-after"]) <= 10
 
 
@@ -299,7 +303,7 @@ def test_keep_alive_and_pipelining(live: Running) -> None:
 
 def test_a_foreign_host_is_refused_without_a_key(live: Running) -> None:
     """A name in someone else's DNS that points here must not make a browser an accomplice."""
-    refusal(live.http.get("/v1/models", headers={"host": "evil.example"}), 403)
+    assert_refused(live.http.get("/v1/models", headers={"host": "evil.example"}), 403)
     assert live.http.get("/v1/models", headers={"host": "localhost:8000"}).status_code == 200
 
 

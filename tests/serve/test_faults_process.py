@@ -20,7 +20,7 @@ from haomiao.serve.supervisor import Breaker, Watchdog
 from tests.serve.census import eventually, unharmed
 from tests.serve.conftest import CHAT, Command, Running
 from tests.serve.test_chat import events
-from tests.serve.test_faults_http import refusal
+from tests.serve.test_faults_http import assert_refused
 
 STREAM = {**CHAT, "max_tokens": 2000, "stream": True}
 
@@ -48,7 +48,7 @@ def test_34_engine_dies_while_it_answers(start: Any, number: int) -> None:
         assert rest[-1] == "[DONE]"
         assert json.loads(rest[-2])["error"]["code"] == "engine_error"
         other.join(10)
-        refusal(whole[0], 500, code="engine_error")
+        assert_refused(whole[0], 500, code="engine_error")
 
 
 def test_34_the_real_engine_comes_back(start: Any) -> None:
@@ -69,7 +69,7 @@ def test_34_breaker(start: Any) -> None:
         assert eventually(lambda: running.service.supervisor.state != "ready")
     assert eventually(lambda: running.service.supervisor.state == "broken")
     response = running.chat()
-    refusal(response, 503, code="not_ready")
+    assert_refused(response, 503, code="not_ready")
     assert int(response.headers["retry-after"]) >= 1
     assert running.http.get("/health").status_code == 200
     assert running.http.get("/ready").json()["status"] == "broken"
@@ -151,7 +151,7 @@ def test_36_drain(command: Any) -> None:
 
         assert eventually(refused)
         assert httpx.get(url + "/health", trust_env=False).status_code == 200
-        refusal(httpx.post(url + "/v1/chat/completions", json=CHAT, trust_env=False), 503, code="not_ready")
+        assert_refused(httpx.post(url + "/v1/chat/completions", json=CHAT, trust_env=False), 503, code="not_ready")
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert '"finish_reason":"length"' in rest[-2]

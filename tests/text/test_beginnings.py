@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import haomiao
+from haomiao.models.open import embedded_path
 from haomiao.text.beginnings import PIECE, Beginnings, parts_words
 from haomiao.text.tokenizer import Tokenizer
 
-EMBEDDED = Path(haomiao.__file__).parent / "assets" / "haomiao-4m"
 PARTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
     st.text("ab '\n\t.1é中<|>_", max_size=40),
@@ -30,7 +29,7 @@ def remembering(path: Path) -> tuple[Tokenizer, Beginnings]:
 
 @given(text=TEXTS, end=PARTS, special=st.booleans())
 def test_the_ids_are_those_of_the_text_alone(text: str, end: str, special: bool) -> None:
-    tokenizer, beginnings = remembering(EMBEDDED)
+    tokenizer, beginnings = remembering(embedded_path())
     assert parts_words(tokenizer)
     for each in (text, text + end, text):
         assert beginnings.encode(each, special, b"") == tokenizer.encode_part(each, special)
@@ -47,7 +46,7 @@ def test_only_where_words_are_parted_is_anything_cut(shared: Path, name: str, cu
 
 def test_pieces_are_remembered_for_one_salt_and_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("haomiao.text.beginnings.MAX_CHARACTERS", 16 * PIECE)
-    tokenizer = Tokenizer(EMBEDDED)
+    tokenizer = Tokenizer(embedded_path())
     beginnings = Beginnings(tokenizer)
     alone = tokenizer.encode_part
 

@@ -38,7 +38,7 @@ def quick_qwen(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokeni
     return prepared(shared / "data/tokenizers/qwen2.5", tmp_path_factory.mktemp("table") / "qwen")
 
 
-def same(quick: Tokenizer, library: Tokenizer, text: str) -> None:
+def assert_same(quick: Tokenizer, library: Tokenizer, text: str) -> None:
     for special in (False, True):
         ids = quick.encode(text, special)
         assert ids == library.encode(text, special)
@@ -48,7 +48,7 @@ def same(quick: Tokenizer, library: Tokenizer, text: str) -> None:
 @given(text=st.text(alphabet="helo wĽ<|>_imstardx\n  é中", max_size=60))
 @settings(deadline=None)
 def test_any_text_gives_the_ids_of_the_library(quick: Tokenizer, tiny: Tokenizer, text: str) -> None:
-    same(quick, tiny, text)
+    assert_same(quick, tiny, text)
     assert is_quick(quick)
 
 
@@ -57,7 +57,7 @@ def test_any_text_gives_the_ids_of_the_library(quick: Tokenizer, tiny: Tokenizer
 )
 @settings(deadline=None)
 def test_added_tokens_are_cut_as_the_library_cuts_them(quick: Tokenizer, tiny: Tokenizer, parts: list[str]) -> None:
-    same(quick, tiny, "".join(parts))
+    assert_same(quick, tiny, "".join(parts))
 
 
 def test_everything_said_of_the_tokenizer_is_the_same(quick: Tokenizer, tiny: Tokenizer) -> None:
@@ -74,8 +74,8 @@ def test_everything_said_of_the_tokenizer_is_the_same(quick: Tokenizer, tiny: To
 
 def test_the_ids_of_a_real_vocabulary(quick_qwen: Tokenizer, qwen: Tokenizer, samples: list[str]) -> None:
     for text in samples:
-        same(quick_qwen, qwen, text)
-    same(quick_qwen, qwen, "<|im_start|>user\nWhat's 3,141.59 in 中文?<|im_end|>\n<|endoftext|>")
+        assert_same(quick_qwen, qwen, text)
+    assert_same(quick_qwen, qwen, "<|im_start|>user\nWhat's 3,141.59 in 中文?<|im_end|>\n<|endoftext|>")
     assert is_quick(quick_qwen)
 
 
@@ -88,7 +88,7 @@ def test_a_vocabulary_whose_words_are_whole(tiny_directory: Path, tmp_path: Path
     (tmp_path / "source/tokenizer.json").write_text(json.dumps(file))
     quick, library = prepared(tmp_path / "source", tmp_path / "quick"), Tokenizer(tmp_path / "source")
     for text in ("hello", "hello hell", "xhello"):
-        same(quick, library, text)
+        assert_same(quick, library, text)
     assert quick.encode("hello") == [library.token_id("hello")]
     assert is_quick(quick)
 
@@ -98,14 +98,14 @@ def test_what_is_too_long_is_left_to_the_library(
     tiny_directory: Path, tiny: Tokenizer, tmp_path: Path, text: str
 ) -> None:
     quick = prepared(tiny_directory, tmp_path / "tiny")
-    same(quick, tiny, text)
+    assert_same(quick, tiny, text)
     assert not is_quick(quick)
 
 
 def test_who_asks_for_the_backend_gets_it(tiny_directory: Path, tiny: Tokenizer, tmp_path: Path) -> None:
     quick = prepared(tiny_directory, tmp_path / "tiny")
     assert json.loads(quick.to_json()) == json.loads(tiny.to_json())
-    same(quick, tiny, "hello world<|im_end|>")
+    assert_same(quick, tiny, "hello world<|im_end|>")
     quick.save(tmp_path / "saved")
     assert Tokenizer(tmp_path / "saved").encode("hello") == tiny.encode("hello")
 
@@ -126,7 +126,7 @@ def test_tokens_that_only_the_config_declares_are_in_the_table(tiny_directory: P
     quick = prepared(tmp_path / "source", tmp_path / "quick")
     assert quick.encode("<|extra|>", special=True) == [size]
     assert is_quick(quick)
-    same(quick, Tokenizer(tmp_path / "source"), "hello<|extra|>")
+    assert_same(quick, Tokenizer(tmp_path / "source"), "hello<|extra|>")
     assert quick.backend.token_to_id("<|extra|>") == size
 
 

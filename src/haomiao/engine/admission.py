@@ -163,7 +163,7 @@ def admit(
             predicted_ms=needed / 1e6,
             retry_after_ms=_retry_after(now, work, before, loaded, finish.end_ns),
         )
-    forecast_ns = _whole(begun, work, others, machine, cost, level, floor_ns)
+    forecast_ns = _whole(begun, work, others, before, machine, cost, level, floor_ns)
     if forecast_ns is None:
         return None
     end = now + int((forecast_ns - now) * stretch) if forecast_ns < NEVER else NEVER
@@ -173,21 +173,29 @@ def admit(
 
 
 def _whole(
-    begun: int, work: Work, others: Sequence[Work], machine: Machine, cost: Cost, level: int, floor_ns: int
+    begun: int,
+    work: Work,
+    others: Sequence[Work],
+    before: Sequence[Work],
+    machine: Machine,
+    cost: Cost,
+    level: int,
+    floor_ns: int,
 ) -> int | None:
     """When all of the work is done: in the present gear, or in the first lower one that keeps its budget, since the
-    throttle will go there for it: first without guests, then at lower points. None if nothing is known about time."""
-    before = [other for other in others if not other.guest]
-    found = None
-    for lower in range(min(max(level, work.top), work.bottom), work.bottom + 1):
-        for company, floor in ((others, 0), (before, floor_ns)) if len(before) < len(others) else ((others, 0),):
+    throttle will go there for it: first without guests (`before` are the `others` without them), then at lower points.
+    None if nothing is known about time."""
+    companies = [(others, 0), (before, floor_ns)] if len(before) < len(others) else [(others, 0)]
+    end = None
+    for lower in range(work.at(level), work.bottom + 1):
+        for company, floor in companies:
             done = forecast(begun, [*company, work], machine, cost, lower, floor_ns=floor)
             if done is None:
                 return None
-            found = done[work.key]
-            if found.keeps(work):
-                return found.end_ns
-    return None if found is None else found.end_ns
+            end = done[work.key].end_ns
+            if done[work.key].keeps(work):
+                return end
+    return end
 
 
 def _breaks(

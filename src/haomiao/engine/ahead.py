@@ -18,33 +18,37 @@ from haomiao.types import KV_BLOCK_TOKENS
 
 KEPT = 256
 """Latest refused prompts that are remembered, by their names alone."""
+KEPT_BLOCKS = 512
+"""Of each, at most: what is alike beyond is left to the next time, and memory stays bounded whatever is asked."""
 
 
-class Beginnings:
-    """What refused prompts begin with. `refused` may be called from any thread."""
+class RefusedPrompts:
+    """What refused prompts begin with. `note` and `take` may be called from any thread."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[bytes, list[bytes]] = OrderedDict()  # by the name of the first block that was missing
+        self._seen: OrderedDict[bytes, list[bytes]] = OrderedDict()  # names of missing blocks, by the first of them
         self._wanted: EngineRequest | None = None
         self._lock = threading.Lock()
 
-    def refused(self, job: Job) -> bool:
+    def note(self, job: Job) -> bool:
         """Note a request that was refused. True if something is to be computed ahead now."""
         request, first = job.request, job.cached_tokens // KV_BLOCK_TOKENS
         if job.names is None or request.session is not None:
             return False
-        mine = job.names.names(request.prompt_ids, (len(request.prompt_ids) - 1) // KV_BLOCK_TOKENS, job.point)
-        if first >= len(mine):
+        full = (len(request.prompt_ids) - 1) // KV_BLOCK_TOKENS
+        missing = job.names.names(request.prompt_ids, full, job.point)[first : first + KEPT_BLOCKS]
+        if not missing:
             return False
         with self._lock:
-            other = self._seen.pop(mine[first], None)
-            self._seen[mine[first]] = mine
+            other = self._seen.pop(missing[0], None)
+            self._seen[missing[0]] = missing
             if len(self._seen) > KEPT:
                 self._seen.popitem(last=False)
             if other is None:
                 return False
-            alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, other, strict=False)))
-            prompt = list(request.prompt_ids[: alike * KV_BLOCK_TOKENS])
+            pairs = zip(missing, other, strict=False)
+            alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            prompt = list(request.prompt_ids[: (first + alike) * KV_BLOCK_TOKENS])
             self._wanted = EngineRequest(prompt, work="prefill", point=job.point, salt=request.salt)
             return True
 

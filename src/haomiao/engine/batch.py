@@ -147,8 +147,8 @@ def work_of_new(job: Job) -> Work:
 
 def _with_options(job: Job, pending: int) -> tuple[int, int, int]:
     """A choice is one prefill, its options included: tokens, sequences, rows of logits of its last step."""
-    tokens = sum(option_tokens(job))
-    return pending + tokens, 1 + len(job.request.options), 1 + tokens
+    lengths = [each for each in option_tokens(job) if each]  # one without tokens is read off the prompt's last row
+    return pending + sum(lengths), 1 + len(lengths), 1 + sum(lengths)
 
 
 def _work(

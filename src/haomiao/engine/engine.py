@@ -19,7 +19,7 @@ from collections.abc import Sequence as SequenceOf
 from haomiao.engine import alike, scheduler
 from haomiao.engine.account import Letterhead
 from haomiao.engine.admission import Limits, check_request
-from haomiao.engine.ahead import Beginnings
+from haomiao.engine.ahead import RefusedPrompts
 from haomiao.engine.batch import Share, make_batch, shape_of, work_of
 from haomiao.engine.budgets import Budgets
 from haomiao.engine.choice import ways
@@ -105,7 +105,7 @@ class Engine:
         self.monitor = monitor or Monitor(0.0)
         self.monitor.attach(executor, self.pool, self.budgets.forbid)
         self._rehearsal = Rehearsal(executor, self.pool, cost, clock)
-        self._beginnings = Beginnings()
+        self._refused_prompts = RefusedPrompts()
         self.on_waiting: Callable[[], None] = lambda: None
         """Called, from any thread, when there is something new for `idle`; it must not wait."""
         self._looked = False  # the monitor took time in the last step
@@ -289,12 +289,12 @@ class Engine:
         if error.predicted_ms is None:  # time was not the reason
             return
         doubted = (isinstance(error, BudgetError) or not self.busy) and self._rehearsal.doubt(job.points[-1])
-        if self._beginnings.refused(job) or doubted:
+        if self._refused_prompts.note(job) or doubted:
             self.on_waiting()
 
     def _begin_ahead(self) -> None:
         """Take in the beginning that refused prompts have in common, as a request of nobody's, if it is due."""
-        request = None if self._reporter.own else self._beginnings.take()
+        request = None if self._reporter.own else self._refused_prompts.take()
         if request is None:
             return
         with contextlib.suppress(HaomiaoError):  # another time
