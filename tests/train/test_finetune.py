@@ -33,6 +33,7 @@ def test_forms_of_data() -> None:
     pairs = read_pairs(labelled(), "f", template="{text} is ")
     assert pairs.labels
     assert pairs.pairs[0] == ("a fine day is ", "good")
+    assert pairs.text_of("a fine day is ") == "a fine day" and pairs.text_of("no form") == "no form"
 
 
 @pytest.mark.parametrize(
@@ -85,8 +86,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "flags",
-    [["--rate", "0.001"], ["--lora", "4", "--alpha", "16"], ["--label-text", "--rate", "0.001"]],
-    ids=["full", "lora", "text"],
+    [
+        ["--rate", "0.001"],
+        ["--layers", "2", "--made", "1"],
+        ["--lora", "4", "--alpha", "16"],
+        ["--label-text", "--rate", "0.001"],
+    ],
+    ids=["full", "short", "lora", "text"],
 )
 def test_the_embedded_model_learns_labels(
     flags: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -113,6 +119,9 @@ def test_the_embedded_model_learns_labels(
     assert report["began_with"] > report["error"]
     assert not Path(f"{out}.partial").exists()
     assert (tmp_path / "out" / "training_log.jsonl").is_file()
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["num_hidden_layers"] == 2) is ("--layers" in flags)
+    assert ("counting_error" in report) is ("--label-text" not in flags)
     # straight into compress, and into eval
     assert main(["compress", out, "-o", str(tmp_path / "small"), "--quiet"]) == 0
     task = ["--task", str(data), "--no-speed", "--quiet", "--json", "--threads", "1", "--point", "int8"]
@@ -168,6 +177,8 @@ def test_early_stop_keeps_the_best(data: Path, tmp_path: Path) -> None:
         (["--length", "2", "--label-text"], "does not fit"),
         (["--drop", "1"], "below 1"),
         (["--drop", "0.1", "--label-text"], "labels that are learnt as codes"),
+        (["--made", "1", "--label-text"], "labels that are learnt as codes"),
+        (["--layers", "99"], "cannot keep 99 layers"),
         (["--device", "cuda"], "no GPU"),
     ],
 )

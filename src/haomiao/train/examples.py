@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ SORTED_BATCHES = 32
 """Batches among which examples are sorted by length, so that little is padded."""
 
 Ids = npt.NDArray[np.int64]
+AnyExample = TypeVar("AnyExample", bound="Example")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,16 @@ class Pairs:
     labels: bool
     template: str = DEFAULT_TEMPLATE
     """Made the prompts out of labelled text."""
+
+    def text_of(self, prompt: str) -> str:
+        """What the template made `prompt` of; the prompt itself where that cannot be told."""
+        before, _, after = self.template.partition("{text}")
+        inside = prompt.removeprefix(before).removesuffix(after)
+        return inside if inside and self.prompt_of(inside) == prompt else prompt
+
+    def prompt_of(self, text: str) -> str:
+        """The prompt that asks for the label of `text`."""
+        return self.template.replace("{text}", text)
 
 
 def read_pairs(text: str, where: str, *, template: str = DEFAULT_TEMPLATE, fields: Fields = USUAL) -> Pairs:
@@ -110,7 +122,7 @@ def batch_of(examples: Sequence[Example], seed: int, step: int, size: int) -> tu
     return padded(taken(examples, seed, step, size))
 
 
-def taken(examples: Sequence[Example], seed: int, step: int, size: int) -> list[Example]:
+def taken(examples: Sequence[AnyExample], seed: int, step: int, size: int) -> list[AnyExample]:
     """The examples of step `step`, a function of these arguments alone. An epoch takes every example once (but for the
     last few that do not fill a batch), in another order each time."""
     size = min(size, len(examples))

@@ -26,7 +26,7 @@ from haomiao.models.plan import Plan
 from haomiao.train.devices import precise, take_device
 from haomiao.train.examples import IGNORED, Example, Ids, Pairs, batch_of, encode_pairs, padded, split
 from haomiao.train.graph import Graph
-from haomiao.train.labels import Choices, encode_labels, name_codes, tokenizer_config
+from haomiao.train.labels import Choices, Counted, encode_labels, name_codes, tokenizer_config
 from haomiao.train.loop import LOG, Loop, Rhythm, Tell, read_log
 from haomiao.train.lora import Lora
 from haomiao.train.optimizers import Optimizer
@@ -35,7 +35,7 @@ from haomiao.train.starting import Starting
 from haomiao.train.state import RunFolder
 from haomiao.train.weights import write_checkpoint
 
-FULL_RATE, LABEL_RATE, LORA_RATE = 5e-4, 1e-3, 3e-3
+FULL_RATE, LABEL_RATE, LORA_RATE = 5e-4, 2e-3, 3e-3
 TRAINING_LOG, TOKENIZER_CONFIG = "training_log.jsonl", "tokenizer_config.json"
 
 
@@ -61,6 +61,10 @@ class Finetuning:
     """Share of a prompt's tokens that are left out at random, anew in each step. Of codes only."""
     smooth: float = 0.0
     """Share of the certainty that goes to the other labels. Of codes only."""
+    made: int = 0
+    """Made-up examples beside each, with the opinion of a classifier that counts (`train.made`). Of codes only."""
+    layers: int = 0
+    """How many of the model's layers are kept, from the first; 0: all."""
     mean: float = 0.0
     """Greatest decay of the exponential mean of the weights that is judged and kept; 0: the weights themselves."""
     precision: str = "f32"
@@ -79,6 +83,7 @@ LABELS: dict[str, Any] = {
     "patience": 4,
     "drop": 0.2,
     "smooth": 0.1,
+    "made": 3,
     "mean": 0.99,
 }
 
@@ -153,8 +158,10 @@ def finetune(
     where = take_device(device, threads)
     if settings.codes and not (data.labels and (valid is None or valid.labels)):
         raise InputError("codes are for labels; these data are completions", param="data")
-    if not settings.codes and (settings.drop or settings.smooth):
-        raise InputError("drop and smooth are for labels that are learnt as codes", param="drop")
+    if not settings.codes and (settings.drop or settings.smooth or settings.made):
+        raise InputError("drop, smooth and made are for labels that are learnt as codes", param="drop")
+    if settings.layers:
+        model = model.shortened(settings.layers)
     train, held = _parts(data, valid, settings)
     tokenizer = model.tokenizer()
     coded = None
@@ -201,10 +208,11 @@ def finetune(
         def weights() -> Mapping[str, Tensor]:
             return base if lora is None else lora.merged()
 
+        counted = None if coded is None or not settings.made else Counted(coded, data, tokenizer, settings)
         task = (
             Completions(plan, weights, learnt, judged, settings, where)
             if coded is None
-            else Choices(plan, weights, coded, settings, where)
+            else Choices(plan, weights, coded, settings, where, counted)
         )
         optimizer = Optimizer(plan, trained, "adamw", rate, settings.weight_decay)
         loop = Loop(task, trained, optimizer, schedule, folder, rhythm, tell)
@@ -219,6 +227,8 @@ def finetune(
         write_checkpoint(out, plan, whole, model.config, files, dtype="float32")
         report = {"examples": len(learnt), "validation": len(judged), "steps": loop.step, **figures}
         report["labels"] = 0 if coded is None else len(coded.codes)
+        if counted is not None:
+            report["counting_error"] = 1 - max(counted.maker.shares)
         report["began_with"] = read_log(partial)[0]["valid_error"]
     shutil.rmtree(partial, ignore_errors=True)
     return report

@@ -2,10 +2,11 @@
 
 Every label is given a token of its own that the examples do not use. What is learnt is what is decided: the loss is
 over the labels' tokens alone, since a choice compares nothing else, and no end follows. Small data are learnt by heart
-within a few epochs, so three things hold against that: tokens of the prompt are left out at random (word dropout, Iyyer
-et al. 2015, "Deep unordered composition rivals syntactic methods", section 3), part of the certainty goes to the other
-labels (Szegedy et al., arXiv:1512.00567, section 7), and what is judged and kept is an exponential mean of the weights
-(Polyak and Juditsky 1992; `loop`). Knows nothing about files.
+within a few epochs, so four things hold against that: a classifier that counts words teaches the model on made-up text
+(`made`), tokens of the prompt are left out at random (word dropout, Iyyer et al. 2015, "Deep unordered composition
+rivals syntactic methods", section 3), part of the certainty goes to the other labels (Szegedy et al., arXiv:1512.00567,
+section 7), and what is judged and kept is an exponential mean of the weights (Polyak and Juditsky 1992; `loop`). Knows
+nothing about files.
 """
 
 from __future__ import annotations
@@ -26,11 +27,19 @@ from haomiao.load.jsonfile import parse_object
 from haomiao.models.plan import Head, Plan
 from haomiao.text.tokenizer import Tokenizer
 from haomiao.train.devices import precise
-from haomiao.train.examples import Example, encode_prompts, taken
+from haomiao.train.examples import Example, Pairs, encode_prompts, taken
 from haomiao.train.graph import Graph
+from haomiao.train.made import TEMPERATURE, Maker
 
 DROP = 3
 """Names the stream of random numbers that leaves tokens out."""
+
+
+@dataclass(frozen=True)
+class Told(Example):
+    """An example whose prompt is remembered as text."""
+
+    prompt: str
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,8 @@ class Coded:
 
     codes: Mapping[str, int]
     """Label -> token."""
-    train: list[Example]
-    valid: list[Example]
+    train: list[Told]
+    valid: list[Told]
     cut: int
     """Prompts that lost their beginning."""
 
@@ -67,7 +76,9 @@ def encode_labels(
         codes = dict(zip(labels, free, strict=False))
         if len(codes) < len(labels):
             raise InputError(f"the vocabulary has no {len(labels)} tokens that the data do not use", param="data")
-    examples = [Example((*ids, codes[label]), 1) for ids, (_, label) in zip(prompts, (*train, *valid), strict=True)]
+    examples = [
+        Told((*ids, codes[label]), 1, prompt) for ids, (prompt, label) in zip(prompts, (*train, *valid), strict=True)
+    ]
     return Coded(codes, examples[: len(train)], examples[len(train) :], cut)
 
 
@@ -105,9 +116,34 @@ class Settings(Protocol):
     @property
     def smooth(self) -> float: ...
     @property
+    def made(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
     def precision(self) -> str: ...
     @property
     def seed(self) -> int: ...
+
+
+class Counted:
+    """Made-up examples as the model reads them, with the opinions that it learns."""
+
+    def __init__(self, coded: Coded, form: Pairs, tokenizer: Tokenizer, settings: Settings) -> None:
+        places = {code: place for place, code in enumerate(coded.codes.values())}
+        (learnt, answers), held = (
+            ([form.text_of(e.prompt) for e in part], [places[e.ids[-1]] for e in part])
+            for part in (coded.train, coded.valid)
+        )
+        self.maker = Maker(learnt, answers, len(places), held, settings.seed)
+        self._form, self._tokenizer, self._settings = form, tokenizer, settings
+
+    def of(self, step: int, examples: Sequence[Told]) -> tuple[list[Sequence[int]], Tensor]:
+        """Prompts in tokens that vary those of `examples`, and logits [prompts, labels]."""
+        texts = [self._form.text_of(example.prompt) for example in examples]
+        made = self.maker.make(step, texts, self._settings.made)
+        prompts = [self._form.prompt_of(text) for text in made.texts]
+        ids, _ = encode_prompts(prompts, self._tokenizer, self._settings.length)
+        return list(ids), made.opinions
 
 
 class Choices:
@@ -120,37 +156,49 @@ class Choices:
         data: Coded,
         settings: Settings,
         device: torch.device,
+        counted: Counted | None = None,
     ) -> None:
-        self._graph, self._weights, self._data = Graph(plan), weights, data
+        self._graph, self._weights, self._data, self._counted = Graph(plan), weights, data, counted
         self._settings, self._device = settings, device
         self._codes = torch.tensor(list(data.codes.values()), device=device)
         self._place = {code: place for place, code in enumerate(data.codes.values())}
-        self.tokens = max(1, settings.batch * sum(len(e.ids) - 1 for e in data.train) // len(data.train))  # on average
+        average = sum(len(e.ids) - 1 for e in data.train) / len(data.train)
+        self.tokens = max(1, round(settings.batch * (1 + settings.made) * average))
 
     def backward(self, step: int) -> Tensor:
-        """Mean loss in nats of a decision."""
+        """Mean loss in nats of a decision about what is given; made-up examples add to the gradient alone."""
         examples = taken(self._data.train, self._settings.seed, step, self._settings.batch)
+        read: Sequence[Example] = examples
         if self._settings.drop:
             random = np.random.Generator(np.random.Philox([self._settings.seed, DROP, step]))
-            examples = [with_gaps(example, self._settings.drop, random) for example in examples]
-        logits, wanted = self._compute(examples)
-        loss = F.cross_entropy(logits, wanted, label_smoothing=self._settings.smooth)
-        torch.autograd.backward(loss)
+            read = [with_gaps(example, self._settings.drop, random) for example in examples]
+        prompts: list[Sequence[int]] = [example.ids[:-1] for example in read]
+        made, opinions = self._counted.of(step, examples) if self._counted is not None else ([], None)
+        logits = self._compute([*prompts, *made])
+        loss = F.cross_entropy(logits[: len(prompts)], self._wanted(read), label_smoothing=self._settings.smooth)
+        whole = loss
+        if opinions is not None:
+            share = len(made) / (len(prompts) + len(made))
+            taught = told_apart(logits[len(prompts) :], opinions.to(self._device))
+            whole = (1 - share) * loss + share * taught
+        torch.autograd.backward(whole)
         return loss.detach()
 
-    def _compute(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """Logits [examples, labels] at the end of each prompt, and the places of the labels that are right."""
-        longest = max(len(example.ids) for example in examples) - 1
-        ids, last = np.zeros((len(examples), longest), np.int64), np.zeros((len(examples), longest), np.bool_)
-        for row, example in enumerate(examples):
-            size = len(example.ids) - 1
-            ids[row, :size] = example.ids[:-1]
-            last[row, size - 1] = True
-        wanted = torch.tensor([self._place[example.ids[-1]] for example in examples], device=self._device)
+    def _wanted(self, examples: Sequence[Example]) -> Tensor:
+        """Places of the labels that are right."""
+        return torch.tensor([self._place[example.ids[-1]] for example in examples], device=self._device)
+
+    def _compute(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [prompts, labels] at the end of each prompt."""
+        longest = max(len(prompt) for prompt in prompts)
+        ids, last = np.zeros((len(prompts), longest), np.int64), np.zeros((len(prompts), longest), np.bool_)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+            last[row, len(prompt) - 1] = True
         with precise(self._device, self._settings.precision):
             places = torch.from_numpy(last).to(self._device)
             logits = self._graph.logits(self._weights(), torch.from_numpy(ids).to(self._device), places)
-        return logits.float()[:, self._codes], wanted
+        return logits.float()[:, self._codes]
 
     def validate(self) -> dict[str, float]:
         """`loss` in nats of a decision, and `error`: the share of wrong ones."""
@@ -158,10 +206,18 @@ class Choices:
         by_length = sorted(self._data.valid, key=lambda example: len(example.ids))
         with torch.no_grad():
             for begin in range(0, len(by_length), self._settings.batch):
-                logits, wanted = self._compute(by_length[begin : begin + self._settings.batch])
+                examples = by_length[begin : begin + self._settings.batch]
+                logits, wanted = self._compute([e.ids[:-1] for e in examples]), self._wanted(examples)
                 nats += float(F.cross_entropy(logits, wanted, reduction="sum"))
                 wrong += int((logits.argmax(dim=-1) != wanted).sum())
         return {"loss": nats / len(by_length), "error": wrong / len(by_length)}
+
+
+def told_apart(logits: Tensor, opinions: Tensor) -> Tensor:
+    """Cross-entropy of a teacher's softened opinions, both as logits [examples, labels], with gradients of the size
+    that a label's has (Hinton, Vinyals and Dean, arXiv:1503.02531, section 2)."""
+    soft = (opinions / TEMPERATURE).softmax(dim=1)
+    return TEMPERATURE**2 * F.cross_entropy(logits / TEMPERATURE, soft)
 
 
 def tokenizer_config(written: Path | bytes | None, codes: Mapping[str, int], template: str) -> bytes:

@@ -6,6 +6,7 @@ what is learnt.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,17 @@ class Starting:
                 values = unpack(self.artifact.tensors[spec.name], "hi" if body else "hi+lo")
             found[spec.name] = torch.from_numpy(np.array(values, np.float32))
         return found
+
+    def shortened(self, layers: int) -> Starting:
+        """The same model without the layers after the first `layers`. Raises `InputError` if it has not as many."""
+        key = next((key for key in ("num_hidden_layers", "n_layer") if isinstance(self.config.get(key), int)), None)
+        if key is None or not 1 <= layers <= self.config[key]:
+            has = "it does not say how many it has" if key is None else f"it has {self.config[key]}"
+            raise InputError(f"{self.name} cannot keep {layers} layers: {has}", param="layers")
+        config = self.config | {key: layers}
+        if isinstance(config.get("layer_types"), list):
+            config["layer_types"] = config["layer_types"][:layers]
+        return dataclasses.replace(self, config=config)
 
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer. Raises `InputError` where it has none."""
