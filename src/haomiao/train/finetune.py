@@ -165,6 +165,8 @@ def finetune(
     train, held = _parts(data, valid, settings)
     tokenizer = model.tokenizer()
     coded = None
+    learnt: Sequence[Example]
+    judged: Sequence[Example]
     if settings.codes:
         vocabulary = int(model.config.get("vocab_size", tokenizer.vocab_size))
         coded = encode_labels(train, held, tokenizer, vocabulary, settings.length)

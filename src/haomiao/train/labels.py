@@ -118,8 +118,6 @@ class Settings(Protocol):
     @property
     def made(self) -> int: ...
     @property
-    def length(self) -> int: ...
-    @property
     def precision(self) -> str: ...
     @property
     def seed(self) -> int: ...
@@ -135,14 +133,16 @@ class Counted:
             for part in (coded.train, coded.valid)
         )
         self.maker = Maker(learnt, answers, len(places), held, settings.seed)
-        self._form, self._tokenizer, self._settings = form, tokenizer, settings
+        self._form, self._tokenizer, self._times = form, tokenizer, settings.made
+        self._longest = max(len(example.ids) for example in coded.train)
 
     def of(self, step: int, examples: Sequence[Told]) -> tuple[list[Sequence[int]], Tensor]:
-        """Prompts in tokens that vary those of `examples`, and logits [prompts, labels]."""
+        """Prompts in tokens that vary those of `examples`, none longer than what is learnt, and logits [prompts,
+        labels]."""
         texts = [self._form.text_of(example.prompt) for example in examples]
-        made = self.maker.make(step, texts, self._settings.made)
+        made = self.maker.make(step, texts, self._times)
         prompts = [self._form.prompt_of(text) for text in made.texts]
-        ids, _ = encode_prompts(prompts, self._tokenizer, self._settings.length)
+        ids, _ = encode_prompts(prompts, self._tokenizer, self._longest)
         return list(ids), made.opinions
 
 
