@@ -6,6 +6,7 @@ what happened; knows no clock and no route.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 WINDOW = 128
@@ -39,4 +40,4 @@ class Delivery:
         while self._latest and now - self._latest[0][0] > FORGET_NS:
             self._latest.popleft()
         ways = sorted(way for _, way in self._latest)
-        self._way_ns = ways[int(SHARE * (len(ways) - 1))] if ways else 0
+        self._way_ns = ways[math.ceil(SHARE * len(ways)) - 1] if ways else 0
