@@ -125,6 +125,24 @@ def test_a_budget_that_fits_runs_at_the_accurate_point() -> None:
     assert len(times.observed) >= 9
 
 
+def test_an_answer_that_has_a_way_to_go_ends_earlier() -> None:
+    """Its receipt names the budget that was given, and so does a refusal the one that would do."""
+    engine, clock, _ = world()
+    way = {"delivery_ns": 10 * MS, "deadline_ns": within(clock, 30)}
+    request_id = engine.submit(ask(prompt_of(20), max_tokens=200, ignore_eos=True, **way))
+    receipt = done_of(engine.run_until(), request_id).receipt
+    assert receipt.budget_ms == 40 and receipt.outcome == "truncated"
+    assert 20 < receipt.total_ms <= 30 and (receipt.predicted_ms or 0) <= 30
+    whole = {"max_tokens": 20, "ignore_eos": True, "on_budget": "refuse"}
+    with pytest.raises(BudgetError, match=r"a budget of 15\.0 ms") as refused:
+        engine.submit(ask(prompt_of(20), delivery_ns=10 * MS, deadline_ns=within(clock, 5), **whole))
+    enough = refused.value.predicted_ms or 0.0
+    with pytest.raises(BudgetError):
+        engine.submit(ask(prompt_of(20), delivery_ns=10 * MS, deadline_ns=within(clock, enough - 10.1), **whole))
+    kept = engine.submit(ask(prompt_of(20), delivery_ns=10 * MS, deadline_ns=within(clock, enough - 9.9), **whole))
+    assert done_of(engine.run_until(), kept).receipt.outcome in ("met", "met_lower_point")
+
+
 def test_a_tight_budget_lowers_the_point_before_the_answer() -> None:
     engine, clock, _ = world()
     request = {"max_tokens": 20, "ignore_eos": True}

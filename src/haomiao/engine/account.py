@@ -42,7 +42,7 @@ def make_receipt(
     if error is not None and error.predicted_ms is not None:
         predicted = error.predicted_ms
     return Receipt(
-        budget_ms=None if deadline is None else (deadline - arrival) / 1e6,
+        budget_ms=None if deadline is None else (deadline + job.request.delivery_ns - arrival) / 1e6,
         predicted_ms=predicted,
         coverage=None if predicted is None else head.coverage,
         queue_ms=(started - arrival) / 1e6,

@@ -223,7 +223,7 @@ def _late_by(work: Work, first_ns: int, end_ns: int) -> int:
         and (work.deadline_ns is None or end_ns <= work.deadline_ns)
     ):
         return first_ns - work.arrival_ns
-    return end_ns - work.arrival_ns
+    return end_ns + work.delivery_ns - work.arrival_ns
 
 
 def _retry_after(now: int, work: Work, others: Sequence[Work], loaded: Mapping[int, Finish], end_ns: int) -> float:
@@ -238,7 +238,7 @@ def _retry_after(now: int, work: Work, others: Sequence[Work], loaded: Mapping[i
 
 def _budget(work: Work) -> str:
     if work.deadline_ns is not None:
-        return f"a budget of {(work.deadline_ns - work.arrival_ns) / 1e6:.1f} ms"
+        return f"a budget of {(work.deadline_ns + work.delivery_ns - work.arrival_ns) / 1e6:.1f} ms"
     return f"a first token within {(work.due_ns - work.arrival_ns) / 1e6:.1f} ms"
 
 

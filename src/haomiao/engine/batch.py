@@ -167,6 +167,7 @@ def _work(
         arrival_ns=job.arrival_ns,
         deadline_ns=job.request.deadline_ns,
         first_ns=first,
+        delivery_ns=job.request.delivery_ns,
     )
 
 

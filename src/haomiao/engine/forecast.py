@@ -43,6 +43,8 @@ class Work:
     deadline_ns: int | None = None
     first_ns: int | None = None
     """Deadline of the first token, while there is none."""
+    delivery_ns: int = 0
+    """By how much `deadline_ns` is before the end of its budget."""
 
     @property
     def guest(self) -> bool:

@@ -78,6 +78,8 @@ class EngineRequest:
     """When the request came in (None: when it is submitted); budgets count from here."""
     deadline_ns: int | None = None
     ttft_deadline_ns: int | None = None
+    delivery_ns: int = 0
+    """By how much `deadline_ns` is before the end of the budget, for the way of the answer to whoever asked."""
     itl_ns: int | None = None
     """Inter-token budget: it bounds the prefill chunks of others."""
     on_budget: OnBudget = "degrade"

@@ -58,6 +58,7 @@ def account(service: Service, facts: dict[str, Any], done: Done) -> None:
     facts["completion_tokens"] = facts.get("completion_tokens", 0) + receipt.completion_tokens
     facts["finish"] = done.finish_detail
     facts["outcome"] = receipt.outcome
+    facts["engine_ms"] = max(facts.get("engine_ms", 0.0), round(receipt.total_ms, 3))
     facts["points"] = "+".join(dict.fromkeys(entry.point for entry in receipt.schedule)) or None
 
 

@@ -87,6 +87,7 @@ def submit_of(
         arrival_ns=budget.arrival_ns,
         deadline_ns=budget.deadline_ns,
         ttft_deadline_ns=budget.ttft_deadline_ns,
+        delivery_ns=budget.delivery_ns,
         on_budget=budget.on_budget,
         min_point=budget.min_point,
         max_kl=budget.max_kl,

@@ -134,6 +134,7 @@ class Guard:
                     self._service.in_flight += 1
                     counted = True
                 await self._app(scope, receive, watched)
+                self._service.sent(started, state.get("facts", {}))
             except HaomiaoError as error:
                 if status:
                     raise

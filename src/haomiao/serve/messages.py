@@ -60,6 +60,7 @@ class Submit(Message, tag="submit", kw_only=True):
     arrival_ns: int
     deadline_ns: int | None = None
     ttft_deadline_ns: int | None = None
+    delivery_ns: int = 0
     on_budget: OnBudget = "degrade"
     min_point: str | None = None
     max_kl: float | None = None

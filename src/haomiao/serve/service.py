@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from starlette.requests import Request
 
 from haomiao.errors import DeadlineError, HaomiaoError, InputError, ModelNotFoundError
 from haomiao.serve import budgets, jsonbody
 from haomiao.serve.client import Answer
+from haomiao.serve.delivery import Delivery
 from haomiao.serve.failures import HttpError
 from haomiao.serve.guard import Keys, Rates
 from haomiao.serve.messages import Hello, Submit
@@ -34,6 +37,7 @@ class Service:
         self.keys = Keys(settings.api_keys)
         self.rates = Rates(settings.limits.rate)
         self.metrics = Metrics()
+        self.delivery = Delivery()
         self.supervisor = Supervisor(settings, engine_command)
         self.supervisor.on_ready = self._greet
         self.prompts = Prompts(settings)
@@ -137,10 +141,19 @@ class Service:
         state = request.scope["state"]
         found = budgets.budget_of(int(state["accepted_ns"]), body, request.headers, self.max_kl)
         state["budgeted"] = found.given
-        if found.deadline_ns is not None and time.monotonic_ns() >= found.deadline_ns:
+        if found.deadline_ns is None:
+            return found
+        now = time.monotonic_ns()
+        if now >= found.deadline_ns:
             self.metrics.budgets.labels("missed").inc()
             raise DeadlineError("the budget was spent before the request was read")
-        return found
+        return replace(found, delivery_ns=self.delivery.set_aside(now, found.deadline_ns - found.arrival_ns))
+
+    def sent(self, accepted_ns: int, facts: Mapping[str, Any]) -> None:
+        """The last byte of an answer was handed to the socket."""
+        if (engine_ms := facts.get("engine_ms")) is not None:
+            now = time.monotonic_ns()
+            self.delivery.note(now, now - accepted_ns - int(engine_ms * 1e6))
 
     @property
     def max_kl(self) -> float | None:
