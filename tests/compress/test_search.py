@@ -120,7 +120,7 @@ def test_the_fastest_model_below_an_error(tmp_path: Path, clock: None) -> None:
     assert open_model(tmp_path / "out").default_point == meta["default_point"]
 
 
-def test_the_most_accurate_model_within_a_time(tmp_path: Path, clock: None) -> None:
+def test_the_most_accurate_model_within_a_time(tmp_path: Path, clock: None, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path / "whole", bigger())
     told: list[dict[str, Any]] = []
     artifact = run(tmp_path / "out", bigger(), {"search": True, "target_ms": 1.0}, tell=told.append)
@@ -129,10 +129,15 @@ def test_the_most_accurate_model_within_a_time(tmp_path: Path, clock: None) -> N
     left = sizes_of(artifact.meta["config"])
     assert left.layers == told[-1]["layers"]
     assert left.neurons == told[-1]["neurons"]
-    with pytest.raises(InputError, match="out of reach"):
-        run(tmp_path / "never", bigger(), {"search": True, "target_ms": 0.001})
     with pytest.raises(InputError, match="nothing is below"):
         run(tmp_path / "exact", bigger(), {"search": True, "max_kl": 0.0})
+    with pytest.raises(InputError, match="out of reach"):
+        run(tmp_path / "never", bigger(), {"search": True, "target_ms": 0.001})
+    assert len(list((tmp_path / "never.partial").glob("*.stage"))) > 4
+    monkeypatch.setattr("haomiao.compress.search.levels.solve_layer", lambda *_: pytest.fail("solved again"))
+    run(tmp_path / "never", bigger(), {"search": True, "target_ms": 1.0})
+    assert content(tmp_path / "never") == content(tmp_path / "out"), "another target goes on from what was solved"
+    assert not (tmp_path / "never.partial").exists()
 
 
 def test_an_interrupted_search_takes_the_same_way(tmp_path: Path, clock: None) -> None:

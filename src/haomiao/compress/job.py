@@ -72,8 +72,8 @@ def compress(
 
     `encode` is the model's tokenizer; `samples` stands in for it and for the recipe's text. Progress counts
     multiply-adds, so that time left can be told; a search calls `tell` with every point (`search.run`). Run again after
-    an interruption, it goes on (`OUT.partial`); `restart` begins anew. Raises `InputError`, `ModelError`, and
-    `UnavailableError` if the disk is full: nothing is lost then.
+    an interruption, it goes on (`OUT.partial`), a search towards another goal too; `restart` begins anew. Raises
+    `InputError`, `ModelError`, and `UnavailableError` if the disk is full: nothing is lost then.
     """
     import scipy.linalg.blas  # noqa: F401  (scipy has a BLAS of its own, which must be there when threads are limited)
 
@@ -83,10 +83,12 @@ def compress(
         texts = read_texts(recipe.text)
         samples = take_samples(texts, encode, samples=recipe.samples, held=recipe.held, length=recipe.length)
     check_target(out, overwrite)
+    # what a search looks for decides nothing of the levels that it has solved, nor of what it has measured
+    of_result = recipe.as_dict() | {"text": []} | ({"target_ms": None, "max_kl": None} if recipe.search else {})
     identity = {
         "haomiao": __version__,
         "source": hashlib.sha256(source.identity.encode()).hexdigest()[:32],
-        "recipe": recipe.as_dict() | {"text": []},
+        "recipe": of_result,
         "samples": digest(samples.calibration, samples.held_out),
     }
     count = threads or len(allowed_cores())

@@ -103,6 +103,8 @@ class Search:
         if len(start.layers) > 1:
             corners.append(dataclasses.replace(start, layers=start.layers[: len(start.layers) // 2]))
             corners.append(dataclasses.replace(corners[-1], levels=corners[1].levels))
+        if len(start.layers) > 3:  # what a step costs however few its layers are
+            corners.append(dataclasses.replace(start, layers=start.layers[:1]))
         if self.widths > 1:
             corners.append(dataclasses.replace(start, width=self.widths - 1))
         times = [[self._time(corner, f"ms{turn}") for corner in corners] for turn in range(ROUNDS)]
@@ -168,7 +170,7 @@ class Search:
             limit = "" if self.max_kl is None else f" with a KL of at most {self.max_kl:g}"
             raise InputError(
                 f"the fastest model that was found takes {here['ms']:.3g} ms a step at KL {here['kl']:.4g}; "
-                f"{self.target_ms:g} ms is out of reach{limit}",
+                f"{self.target_ms:g} ms is out of reach{limit} (what was solved is kept for another target)",
                 param="target_ms",
             )
         return state
