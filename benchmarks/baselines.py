@@ -204,6 +204,8 @@ def vllm_command(python: str, model: str, port: int, threads: int, context: int)
     """vLLM on the CPU with its priority scheduler."""
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{threads - 1}")
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+    command += ["--gpu-memory-utilization", "0.4"]  # of the machine's memory: it wants that much free
     return [*command, "--port", str(port), "--max-model-len", str(context), "--scheduling-policy", "priority"]
 
 

@@ -7,7 +7,8 @@ count all its training tokens, and everything is judged on the same held-out tok
 windows of its training length, an n-gram model every token before it, so that windows are the model's disadvantage.
 Nats per token belong to one vocabulary, nats per byte compare any two. Intervals (95 %, bootstrap) are over windows of
 512 tokens; `gain` is the model against the order 5 on the same windows. With `--log`, the training log's loss against
-tokens is reported beside, and with `--svg` drawn. The machine is printed first, one JSON line last.
+tokens is reported beside (of several logs, one after another: a model that began as another), and with `--svg` drawn.
+The machine is printed first, one JSON line last.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ import numpy as np
 import numpy.typing as npt
 
 from haomiao.metrics.statistics import bootstrap_mean
+from haomiao.train.curve import loss_against_tokens
 from haomiao.train.ngram import NGram
 from haomiao.train.pretrain import token_bytes
 from haomiao.train.shards import Shards
 
 WINDOW = 512
+SHARES = 16
+"""Of all tokens, in the curve of the loss."""
 F64 = npt.NDArray[np.float64]
 
 
@@ -69,14 +73,6 @@ def summary(nats: F64, sizes: F64) -> dict[str, Any]:
     }
 
 
-def scaling(path: Path, buckets: int = 16) -> list[dict[str, float]]:
-    """Mean training loss of `buckets` equal shares of a log's tokens: lines with `tokens` and `loss`."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    points = [(line["tokens"], line["loss"]) for line in lines if "loss" in line and "tokens" in line]
-    parts = [part for part in np.array_split(np.array(points), buckets) if len(part)]
-    return [{"tokens": int(part[-1, 0]), "loss": round(float(part[:, 1].mean()), 4)} for part in parts]
-
-
 def main() -> None:
     """Count, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,7 +80,7 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint or artifact (default: the embedded model)")
     parser.add_argument("--orders", default="3,4,5")
     parser.add_argument("--tokens", type=int, default=1 << 16, help="held-out tokens of each language")
-    parser.add_argument("--log", type=Path, help="training log of the model")
+    parser.add_argument("--log", type=Path, action="append", help="training log of the model; repeatable, in order")
     parser.add_argument("--svg", type=Path, help="draw loss against tokens beside the n-gram models")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
@@ -126,7 +122,8 @@ def main() -> None:
             "windows": f"{int((kinds['model'].mean(axis=1) < kinds[best].mean(axis=1)).sum())} of {windows[name]}",
         }
     if args.log:
-        results["scaling"] = scaling(args.log)
+        curve = loss_against_tokens(args.log, SHARES)
+        results["scaling"] = [{"tokens": tokens, "loss": round(loss, 4)} for tokens, loss in curve]
     if args.svg:
         args.svg.write_text(drawn(results), encoding="utf-8")
     if args.out:
@@ -143,9 +140,11 @@ def drawn(results: dict[str, Any]) -> str:
     for name in ("en", "zh"):
         if name in results:
             order = results[name]["gain"]["over"]
+            ours, counted = (results[name][kind]["nats_token"][0] for kind in ("model", order))
+            place_ours, place_counted = (-3, 9) if ours > counted else (9, -3)  # the greater stands above
             marks += [
-                (f"{name}, held out", results[name]["model"]["nats_token"][0], "#1f6feb", -3),
-                (f"{name}, {order.removeprefix('order ')}-gram", results[name][order]["nats_token"][0], "#888", 9),
+                (f"{name}, held out", ours, "#1f6feb", place_ours),
+                (f"{name}, {order.removeprefix('order ')}-gram", counted, "#888", place_counted),
             ]
     most = max([p["tokens"] for p in points], default=1)
     values = [p["loss"] for p in points] + [value for _, value, _, _ in marks]

@@ -108,7 +108,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="default: the embedded model")
-    parser.add_argument("--name", default="haomiao-4m", help="of the result file")
+    parser.add_argument("--name", default="haomiao-tiny", help="of the result file")
     parser.add_argument("--words", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--turns", type=int, default=12)

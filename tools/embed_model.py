@@ -1,6 +1,6 @@
 """Make the embedded model: compress a checkpoint, measure each point's error on held-out text, write one artifact.
 
-    python tools/embed_model.py CHECKPOINT src/haomiao/assets/haomiao-4m --text english.txt --text chinese.txt
+    python tools/embed_model.py CHECKPOINT src/haomiao/assets/haomiao-tiny --text english.txt --text chinese.txt
     python tools/embed_model.py CHECKPOINT OUT --text english.txt --text chinese.txt --compress "--method gptq --rotate"
 
 `--compress` holds flags of `haomiao compress`; without it the checkpoint is rounded to nearest. Errors are KL(full ||

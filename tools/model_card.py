@@ -1,7 +1,7 @@
 """Write the card of the embedded model from what was measured, so that no figure in it is copied by hand.
 
-    python tools/model_card.py src/haomiao/assets/haomiao-4m --data DATA --config CONFIG.yaml --log RUN/log.jsonl \\
-        --counted benchmarks/results/ngram-haomiao-4m.json --machine "two cores of ..."
+    python tools/model_card.py src/haomiao/assets/haomiao-tiny --data DATA --config CONFIG.yaml --log RUN/log.jsonl \\
+        --counted benchmarks/results/ngram-haomiao-tiny.json --machine "two cores of ..."
 
 DATA is the folder that `haomiao.train.prepare` wrote (its manifest names texts and licences), CONFIG and log are of the
 training, `--counted` is what benchmarks/ngram.py wrote. Errors of the planes are those that tools/embed_model.py stored
@@ -15,17 +15,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from haomiao.api import LLM
 from haomiao.load.artifact import Artifact
 from haomiao.models.plan import Plan
 from haomiao.models.registry import plan_for
+from haomiao.train.curve import loss_against_tokens
 from haomiao.train.settings import Training, read_training
 
 PROMPTS = ("Once upon a time", "今天天气很好，阳光明媚，适合出门散步。")
 SAMPLING: dict[str, Any] = {"max_tokens": 60, "temperature": 0.7, "top_p": 0.9}
 SEEDS = range(1, 6)
+CALLED = {"adamw": "AdamW", "muon": "Muon", "gptq": "GPTQ", "rtn": "rounded to nearest"}
 COLUMNS = 9
 """Of the table of loss against tokens."""
 
@@ -64,15 +64,15 @@ def architecture(config: dict[str, Any], plan: Plan) -> list[list[str]]:
 
 def training(settings: Training, tokens: int, args: argparse.Namespace) -> list[list[str]]:
     """How it was trained."""
-    start = f"begun as {args.start}, grown so that the function is the same at first; " if args.start else ""
-    rate = f"{settings.optimizer}, weight decay {settings.weight_decay}, peak rate {settings.learning_rate:g}"
-    falls = f", constant, then linear to {settings.floor:.0%} over the last {settings.decay:.0%}"
-    shape = falls if settings.schedule == "trapezoid" else f", half a cosine to {settings.floor:.0%}"
+    start = f"begun as {args.start}, grown so that the function is the same at first; then " if args.start else ""
+    rate = f"{CALLED[settings.optimizer]}, weight decay {settings.weight_decay}, peak rate {settings.learning_rate:g}"
+    falls = f", constant, then linear to {100 * settings.floor:.0f} % over the last {100 * settings.decay:.0f} %"
+    shape = falls if settings.schedule == "trapezoid" else f", half a cosine to {100 * settings.floor:.0f} %"
     read = f"{tokens / 1e6:.1f} M tokens, {settings.precision}, {rate}, {settings.warmup} warm-up steps{shape}"
     batches = f"{settings.steps} batches of {settings.batch * settings.accumulate} × {settings.length}"
     return [
         ["context", f"trained at {settings.length} tokens, positions up to 2,048"],
-        ["training", f"{args.machine}: {start}{read}; {batches}, clipping at {settings.clip:g}"],
+        ["training", f"{args.machine}; {start}{read}; {batches}, clipping at {settings.clip:g}"],
         ["licence", "Apache-2.0, as the project"],
     ]
 
@@ -109,13 +109,11 @@ def beside_counting(counted: dict[str, Any], name: str) -> str:
     return table(head, [row[0:1] + " | ".join(row[1:]).split(" | ") for row in rows]) + "\n\n" + "\n".join(lines)
 
 
-def curve(log: Path) -> tuple[str, int]:
-    """Training loss against tokens, both languages, each figure the mean since the column before; tokens of the run."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line]
-    points = np.array([(line["tokens"], line["loss"]) for line in lines if "loss" in line and "tokens" in line])
-    parts = np.array_split(points, COLUMNS)
-    head = ["M tokens seen", *(f"{part[-1, 0] / 1e6:.1f}" for part in parts)]
-    return table(head, [["nats/token", *(f"{part[:, 1].mean():.2f}" for part in parts)]]), int(points[-1, 0])
+def curve(logs: list[Path]) -> str:
+    """Training loss against tokens, both languages."""
+    points = loss_against_tokens(logs, COLUMNS)
+    head = ["M tokens seen", *(f"{tokens / 1e6:.1f}" for tokens, _ in points)]
+    return table(head, [["nats/token", *(f"{loss:.2f}" for _, loss in points)]])
 
 
 def planes(errors: dict[str, Any]) -> str:
@@ -147,10 +145,11 @@ def card(args: argparse.Namespace) -> str:
     name, megabytes = args.artifact.name, (args.artifact / "model.haomiao").stat().st_size / 1e6
     manifest = json.loads((args.data / "manifest.json").read_text(encoding="utf-8"))
     counted = json.loads(args.counted.read_text(encoding="utf-8"))
-    loss, tokens = curve(args.log)
+    tokens = loss_against_tokens(args.log[-1:], 1)[-1][0]
     facts = architecture(meta["config"], plan_for(meta["config"], 512))
     facts += training(read_training(args.config, steps=args.steps), tokens, args)
-    how = meta["recipe"]["method"] + (", rotated" if meta["recipe"].get("rotate") else "")
+    method = meta["recipe"]["method"]
+    how = CALLED.get(method, method) + (", rotated" if meta["recipe"].get("rotate") else "")
     full = next(iter(meta["errors"].values()))
     perplexity = full["reference"]["perplexity"]["estimate"]
     group = meta["recipe"]["group"]
@@ -161,7 +160,7 @@ def card(args: argparse.Namespace) -> str:
 The embedded model: a small bilingual (English, 中文) language model that this project trained itself, so that the first
 command answers without a network. {megabytes:.1f} MB of nested int8/int4 planes ({how}, group {group}).
 
-{table(["", ""], facts)}
+{table(["what", ""], facts)}
 
 ## Text it was trained on
 
@@ -180,7 +179,7 @@ alone, an n-gram model all that came before.
 
 Training loss, both languages; each figure the mean since the column before.
 
-{loss}
+{curve(args.log)}
 
 ## What the planes add
 
@@ -212,7 +211,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="instead of the config's")
-    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--log", type=Path, action="append", required=True, help="repeatable, in order")
     parser.add_argument("--counted", type=Path, required=True)
     parser.add_argument("--machine", required=True, help="where and how long it was trained")
     parser.add_argument("--start", help="name of the smaller model that it began as")

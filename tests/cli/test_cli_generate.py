@@ -118,6 +118,11 @@ def test_the_embedded_model_is_sampled_unless_something_is_said(fake: Any) -> No
     assert chosen == {"choice": ["yes"]}
 
 
+def test_a_budget_leaves_the_embedded_model_sampled_but_no_least_length(fake: Any) -> None:
+    assert main(["generate", "hi", "--budget-ms", "200"]) == 0
+    assert fake.asked[0][1] == {"temperature": 0.7, "top_p": 0.9, "min_tokens": 0, "seed": 1, "budget_ms": 200.0}
+
+
 def test_choice_and_regex(fake: Any) -> None:
     assert main(["generate", "hi", "--choice", "yes", "--choice", "no"]) == 0
     assert main(["generate", "hi", "--regex", "[0-9]+"]) == 0

@@ -40,8 +40,10 @@ def run(args: Namespace) -> int:
     options.take_environment(args)
     model = model if model is not None else args.model
     asked = options.sampling_options(args)
-    if model is None and not set(asked) - {"max_tokens"}:
-        asked = EMBEDDED | {"min_tokens": min(EMBEDDED["min_tokens"], asked.get("max_tokens", 16))} | asked
+    if model is None and not set(asked) - {"max_tokens", *options.BUDGETS}:
+        timed = not set(asked).isdisjoint(options.BUDGETS)  # a least length may be more than a budget can keep
+        least = 0 if timed else min(EMBEDDED["min_tokens"], asked.get("max_tokens", 16))
+        asked = EMBEDDED | {"min_tokens": least} | asked
 
     from haomiao.api import LLM
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # an artifact is opened without what converts checkpoints
     from haomiao.load.source import Progress, TensorSource
     from haomiao.models.encode import Scheme
 
-EMBEDDED = "haomiao-4m"
+EMBEDDED = "haomiao-tiny"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
