@@ -121,7 +121,7 @@ def test_the_embedded_model_learns_labels(
     assert (tmp_path / "out" / "training_log.jsonl").is_file()
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (written["num_hidden_layers"] == 2) is ("--layers" in flags)
-    assert ("counting_error" in report) is ("--label-text" not in flags)
+    assert ("counting_error" in report) is ("--made" in flags)
     # straight into compress, and into eval
     assert main(["compress", out, "-o", str(tmp_path / "small"), "--quiet"]) == 0
     task = ["--task", str(data), "--no-speed", "--quiet", "--json", "--threads", "1", "--point", "int8"]

@@ -37,13 +37,17 @@ def configure(parser: ArgumentParser) -> None:
     add("--label-text", action="store_true", help="learn labels as text that follows, not as one token each")
     add("--epochs", type=options.positive, help="most passes over the data (default 5; labels 10)")
     add("--batch", type=options.positive, help="examples of a step (default 32; labels 16)")
-    add("--rate", type=options.number, help="peak learning rate (default 0.0005; labels 0.002; with --lora 0.003)")
+    add(
+        "--rate",
+        type=options.number,
+        help="peak learning rate (default 0.0005; labels 0.001; with --made 0.002, --lora 0.003)",
+    )
     add("--drop", type=options.number, help="share of a labelled prompt's tokens that a step leaves out (default 0.2)")
     add("--smooth", type=options.number, help="share of a label's certainty that the others get (default 0.1)")
     add(
         "--made",
         type=options.natural,
-        help="made-up examples beside each, whose labels a count of words says (labels 3)",
+        help="made-up examples beside each, whose labels a count of words says (default 0)",
     )
     add("--layers", type=options.positive, help="keep only so many of the model's layers, from the first")
     add("--mean", type=options.number, help="decay of the mean of weights that is kept (default 0: none; labels 0.99)")

@@ -35,7 +35,7 @@ from haomiao.train.starting import Starting
 from haomiao.train.state import RunFolder
 from haomiao.train.weights import write_checkpoint
 
-FULL_RATE, LABEL_RATE, LORA_RATE = 5e-4, 2e-3, 3e-3
+FULL_RATE, LABEL_RATE, MADE_RATE, LORA_RATE = 5e-4, 1e-3, 2e-3, 3e-3
 TRAINING_LOG, TOKENIZER_CONFIG = "training_log.jsonl", "tokenizer_config.json"
 
 
@@ -83,7 +83,6 @@ LABELS: dict[str, Any] = {
     "patience": 4,
     "drop": 0.2,
     "smooth": 0.1,
-    "made": 3,
     "mean": 0.99,
 }
 
@@ -189,7 +188,8 @@ def finetune(
         for weight in base.values():
             weight.requires_grad_()
     trained = base if lora is None else lora.weights
-    rate = settings.rate or (LORA_RATE if settings.lora else LABEL_RATE if settings.codes else FULL_RATE)
+    usual = MADE_RATE if settings.made else LABEL_RATE if settings.codes else FULL_RATE
+    rate = settings.rate or (LORA_RATE if settings.lora else usual)
     steps_of_epoch = max(1, len(learnt) // min(settings.batch, len(learnt)))
     steps = settings.epochs * steps_of_epoch
     schedule = Schedule(steps=steps, schedule="cosine", warmup=min(steps - 1, steps // 20 + 1), floor=0.02)
