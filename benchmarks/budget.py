@@ -61,7 +61,7 @@ class Bench:
 
     def __init__(self, llm: LLM, seed: int) -> None:
         self.llm = llm
-        self.engine = llm._driver._engine
+        self.engine = llm.engine  # from now on nobody else steps it
         self.random = np.random.default_rng(seed)
         self.prefix = self._ids(PREFIX)
         self.budgets: dict[str, float] = {}
@@ -155,8 +155,9 @@ def open_loop(bench: Bench, requests: int, rate: float) -> dict[str, Any]:
     slowest = 0
     while not finished.is_set() or engine.busy:
         if not engine.busy:
-            with arrived:
-                arrived.wait(0.001)
+            if not engine.idle():
+                with arrived:
+                    arrived.wait(0.001)
             continue
         begun = time.monotonic_ns()
         for event in engine.step():
