@@ -152,6 +152,7 @@ def open_loop(bench: Bench, requests: int, rate: float) -> dict[str, Any]:
     client = threading.Thread(target=arrive)
     client.start()
     receipts: list[tuple[str, Receipt, HaomiaoError | None]] = []
+    last_steps: list[float] = []
     slowest = 0
     while not finished.is_set() or engine.busy:
         if not engine.busy:
@@ -160,26 +161,30 @@ def open_loop(bench: Bench, requests: int, rate: float) -> dict[str, Any]:
                     arrived.wait(0.001)
             continue
         begun = time.monotonic_ns()
-        for event in engine.step():
-            if isinstance(event, DoneEvent):
-                receipts.append((names.get(event.request_id, "?"), event.receipt, event.error))
-        slowest = max(slowest, time.monotonic_ns() - begun)
+        ended = [event for event in engine.step() if isinstance(event, DoneEvent)]
+        elapsed = time.monotonic_ns() - begun
+        receipts += [(names.get(event.request_id, "?"), event.receipt, event.error) for event in ended]
+        last_steps += [elapsed / MS] * len(ended)
+        slowest = max(slowest, elapsed)
     client.join()
-    return account(bench, requests, receipts, refused, late, slowest / MS, before)
+    return account(bench, requests, receipts, last_steps, refused, late, slowest / MS, before)
 
 
 def account(
     bench: Bench,
     requests: int,
     receipts: list[tuple[str, Receipt, HaomiaoError | None]],
+    last_steps: list[float],
     refused: list[tuple[str, float, str]],
     late: list[float],
     slowest_ms: float,
     before: tuple[dict[str, int], tuple[int, int]],
 ) -> dict[str, Any]:
-    """What became of the requests."""
-    kept = [receipt.total_ms <= (receipt.budget_ms or 0) + 5.0 and error is None for _, receipt, error in receipts]
-    over = [receipt.total_ms - (receipt.budget_ms or 0) for _, receipt, error in receipts]
+    """What became of the requests. `last_steps` are the milliseconds of the steps in which they ended."""
+    over = [receipt.total_ms - (receipt.budget_ms or 0) for _, receipt, _ in receipts]
+    failed = [error is not None for _, _, error in receipts]
+    kept = [by <= max(step, 5.0) and not wrong for by, step, wrong in zip(over, last_steps, failed, strict=True)]
+    strictly = [by <= 5.0 and not wrong for by, wrong in zip(over, failed, strict=True)]
     whole = [r for _, r, error in receipts if error is None and r.outcome in ("met", "met_lower_point")]
     ratios = [r.predicted_ms / r.total_ms for r in whole if r.predicted_ms and r.total_ms]
     steps = bench.engine.cost.counters()
@@ -209,6 +214,12 @@ def account(
         "refusal_ms": percentiles([milliseconds for _, milliseconds, _ in refused]),
         "kept_within_tolerance": sum(kept) / max(1, len(kept)),
         "not_kept": len(kept) - sum(kept),
+        "not_within_5_ms": len(strictly) - sum(strictly),
+        "late": [
+            {"over_ms": round(by, 3), "last_step_ms": round(step, 3)}
+            for by, step in zip(over, last_steps, strict=True)
+            if by > 0
+        ],
         "worst_over_budget_ms": max(over, default=0.0),
         "truncated_share": sum(r.outcome == "truncated" for _, r, _ in receipts) / max(1, len(receipts)),
         "outcomes": dict(Counter(str(r.outcome) for _, r, _ in receipts)),
