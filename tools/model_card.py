@@ -81,7 +81,7 @@ def texts(manifest: dict[str, Any]) -> str:
     """What was read, with its licence; what is held out is named so."""
     rows: dict[tuple[str, str, str], int] = {}
     for file in manifest["files"]:
-        what = Path(file["path"]).parent.name + (" (held out)" if file["use"] == "valid" else "")
+        what = Path(file["path"]).parent.name + (", held out and not learnt" if file["use"] == "valid" else "")
         key = (what, file["origin"], file["licence"])
         rows[key] = rows.get(key, 0) + file["bytes_kept"]
     return table(
@@ -162,7 +162,7 @@ command answers without a network. {megabytes:.1f} MB of nested int8/int4 planes
 
 {table(["what", ""], facts)}
 
-## Text it was trained on
+## Text
 
 {texts(manifest)}
 

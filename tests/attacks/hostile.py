@@ -54,7 +54,7 @@ def survives(action: Callable[[], None]) -> HaomiaoError | None:
     return None
 
 
-def refused(action: Callable[[], None], size: int) -> str:
+def assert_refused(action: Callable[[], None], size: int) -> str:
     """Run; it must be refused in one line, without allocating more than the file's size and a constant."""
     tracemalloc.start()
     try:

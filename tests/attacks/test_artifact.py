@@ -9,7 +9,7 @@ import pytest
 
 from haomiao.errors import ArtifactError
 from haomiao.load.artifact import Artifact, ArtifactWriter
-from tests.attacks.hostile import HUGE, good_artifact, open_artifact, refused, sealed, survives
+from tests.attacks.hostile import HUGE, assert_refused, good_artifact, open_artifact, sealed, survives
 
 FIXED = {"magic": (0, 8), "major": (8, 2), "header_bytes": (12, 4), "file_bytes": (16, 8), "sections": (24, 4)}
 ENTRY = {
@@ -46,7 +46,7 @@ def test_fixed_fields(tmp_path: Path, name: str) -> None:
             continue
         for variant in (data, sealed(bytearray(data))):
             (tmp_path / "m" / "model.haomiao").write_bytes(variant)
-            refused(lambda: open_artifact(tmp_path / "m"), len(good))
+            assert_refused(lambda: open_artifact(tmp_path / "m"), len(good))
 
 
 @pytest.mark.parametrize("name", list(ENTRY))
@@ -59,7 +59,7 @@ def test_entry_fields(tmp_path: Path, name: str, section: int) -> None:
         if data == good:
             continue
         (tmp_path / "m" / "model.haomiao").write_bytes(data)
-        refused(lambda: open_artifact(tmp_path / "m"), len(good))
+        assert_refused(lambda: open_artifact(tmp_path / "m"), len(good))
 
 
 def test_truncated_and_extended(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_truncated_and_extended(tmp_path: Path) -> None:
         (tmp_path / "m" / "model.haomiao").write_bytes(good[:size])
         assert survives(lambda: open_artifact(tmp_path / "m")) is not None, f"cut at {size}"
     (tmp_path / "m" / "model.haomiao").write_bytes(good + b"\0")
-    assert "its header says" in refused(lambda: open_artifact(tmp_path / "m"), len(good))
+    assert "its header says" in assert_refused(lambda: open_artifact(tmp_path / "m"), len(good))
 
 
 def test_wrong_checksums(tmp_path: Path) -> None:
@@ -77,12 +77,12 @@ def test_wrong_checksums(tmp_path: Path) -> None:
     header = struct.unpack_from("<I", good, 12)[0]
     for at in range(0, header, 13):
         (tmp_path / "m" / "model.haomiao").write_bytes(put(good, at, 1, good[at] ^ 1))
-        refused(lambda: open_artifact(tmp_path / "m"), len(good))
+        assert_refused(lambda: open_artifact(tmp_path / "m"), len(good))
     with Artifact.open(good_directory(tmp_path, good)) as artifact:
         bodies = [(s.name, s.offset, s.bytes) for s in artifact.sections]
     for name, offset, size in bodies:
         (tmp_path / "m" / "model.haomiao").write_bytes(put(good, offset + size // 2, 1, good[offset + size // 2] ^ 1))
-        message = refused(lambda: open_artifact(tmp_path / "m"), len(good))
+        message = assert_refused(lambda: open_artifact(tmp_path / "m"), len(good))
         assert f"'{name}'" in message or name == "meta"
 
 

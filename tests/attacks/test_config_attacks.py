@@ -20,7 +20,7 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
 LONG = PHI3["rope_scaling"]
 
 
-def refusal(config: Any, error: type[HaomiaoError] = ModelError, **options: Any) -> str:
+def assert_refused(config: Any, error: type[HaomiaoError] = ModelError, **options: Any) -> str:
     with pytest.raises(error) as raised:
         plan_for(config, **options)
     message = str(raised.value)
@@ -44,24 +44,24 @@ NOT_SIZES = [0, -1, 1.5, "64", [64], {}, True, float("nan"), float("inf"), -floa
 @pytest.mark.parametrize("key", SIZES)
 @pytest.mark.parametrize("value", NOT_SIZES, ids=lambda v: repr(v)[:12])
 def test_sizes(key: str, value: Any) -> None:
-    assert key in refusal({**LLAMA, key: value})
+    assert key in assert_refused({**LLAMA, key: value})
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"])
 def test_sizes_that_are_missing(key: str) -> None:
     config = {k: v for k, v in LLAMA.items() if k != key}
-    assert refusal(config) == f"config has no {key}"
+    assert assert_refused(config) == f"config has no {key}"
 
 
 @pytest.mark.parametrize("value", [0, -1e-5, "1e-5", 1.5, float("nan"), float("inf"), False, []])
 def test_epsilon(value: Any) -> None:
-    assert "rms_norm_eps" in refusal({**LLAMA, "rms_norm_eps": value})
+    assert "rms_norm_eps" in assert_refused({**LLAMA, "rms_norm_eps": value})
 
 
 @pytest.mark.parametrize("key", ["tie_word_embeddings", "attention_bias", "mlp_bias"])
 @pytest.mark.parametrize("value", ["true", 1, 0, [], {}])
 def test_flags(key: str, value: Any) -> None:
-    assert key in refusal({**LLAMA, key: value})
+    assert key in assert_refused({**LLAMA, key: value})
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_flags(key: str, value: Any) -> None:
     ],
 )
 def test_contradictions(changes: dict[str, Any], message: str) -> None:
-    assert message in refusal({**LLAMA, **changes})
+    assert message in assert_refused({**LLAMA, **changes})
 
 
 @pytest.mark.parametrize(
@@ -114,13 +114,13 @@ def test_contradictions(changes: dict[str, Any], message: str) -> None:
     ],
 )
 def test_unsupported_kinds_are_named(kind: str, what: str) -> None:
-    message = refusal({"model_type": kind}, UnsupportedModelError)
+    message = assert_refused({"model_type": kind}, UnsupportedModelError)
     assert what in message and "llama" in message
 
 
 @pytest.mark.parametrize("config", [None, [], "llama", 7, {}, {"model_type": None}, {"architectures": ["Made"]}])
 def test_not_a_config(config: Any) -> None:
-    refusal(config)
+    assert_refused(config)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_not_a_config(config: Any) -> None:
 )
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_rope(section: Any, key: str) -> None:
-    refusal({**LLAMA, key: section})
+    assert_refused({**LLAMA, key: section})
 
 
 @pytest.mark.parametrize(
@@ -205,17 +205,17 @@ def test_rope(section: Any, key: str) -> None:
     ],
 )
 def test_what_only_some_families_have(base: str, changes: dict[str, Any]) -> None:
-    refusal({**BY_NAME[base], **changes})
+    assert_refused({**BY_NAME[base], **changes})
 
 
 @pytest.mark.parametrize("text", [None, 7, [], {"num_hidden_layers": 0}])
 def test_multimodal_gemma3_needs_a_text_config(text: Any) -> None:
-    refusal({"model_type": "gemma3", "text_config": text})
+    assert_refused({"model_type": "gemma3", "text_config": text})
 
 
 @pytest.mark.parametrize("wanted", [0, -1, 257, 1 << 70])
 def test_contexts(wanted: int) -> None:
-    assert "1 to 256" in refusal(LLAMA, InputError, max_context=wanted)
+    assert "1 to 256" in assert_refused(LLAMA, InputError, max_context=wanted)
     assert plan_for(LLAMA, 256).max_context == 256
 
 

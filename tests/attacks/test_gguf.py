@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks.hostile import good_gguf, hostile_gguf, read_all, refused, survives
+from tests.attacks.hostile import assert_refused, good_gguf, hostile_gguf, read_all, survives
 from tests.load.gguf_files import tiny
 
 CASES = list(hostile_gguf())
@@ -16,7 +16,7 @@ CASES = list(hostile_gguf())
 def test_every_field(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(data)
-    message = refused(lambda: read_all(path), len(data))
+    message = assert_refused(lambda: read_all(path), len(data))
     assert "x.gguf" in message
 
 
@@ -61,4 +61,4 @@ def test_numbers_of_the_model(tmp_path: Path, key: str, value: object) -> None:
     if harmless:
         survives(lambda: read_all(path))
     else:
-        refused(lambda: read_all(path), len(data))
+        assert_refused(lambda: read_all(path), len(data))

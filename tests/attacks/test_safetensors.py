@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.attacks.hostile import good_safetensors, hostile_safetensors, read_all, refused, survives
+from tests.attacks.hostile import assert_refused, good_safetensors, hostile_safetensors, read_all, survives
 from tests.load.checkpoints import safetensors_bytes, write_model
 
 CASES = list(hostile_safetensors())
@@ -23,7 +23,7 @@ def directory(tmp_path: Path, data: bytes) -> Path:
 @pytest.mark.parametrize("data", [data for _, data in CASES], ids=[name for name, _ in CASES])
 def test_every_field(tmp_path: Path, data: bytes) -> None:
     path = directory(tmp_path, data)
-    message = refused(lambda: read_all(path), len(data))
+    message = assert_refused(lambda: read_all(path), len(data))
     assert "model.safetensors" in message
 
 
@@ -59,7 +59,7 @@ def test_json_files(tmp_path: Path, name: str, data: bytes) -> None:
     if name == "model.safetensors.index.json":
         (tmp_path / "model.safetensors").unlink()
     (tmp_path / name).write_bytes(data)
-    assert name in refused(lambda: read_all(tmp_path), len(data) + (16 << 20))
+    assert name in assert_refused(lambda: read_all(tmp_path), len(data) + (16 << 20))
 
 
 SHARDS: list[Any] = [
@@ -78,7 +78,7 @@ def test_shard_names(tmp_path: Path, shard: Any) -> None:
     (inside / "model.bin").write_bytes(b"\x80\x04")
     index = {"weight_map": {"model.norm.weight": shard}}
     (inside / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(lambda: read_all(inside), 1000)
+    assert_refused(lambda: read_all(inside), 1000)
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, [], "x", {"absent.weight": "model-00001-of-00002.safetensors"}])
@@ -87,7 +87,7 @@ def test_weight_maps(tmp_path: Path, weight_map: Any) -> None:
 
     write_model(tmp_path, {f"t{i}": np.ones(3, np.float32) for i in range(4)}, {}, shards=2)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    refused(lambda: read_all(tmp_path), 1000)
+    assert_refused(lambda: read_all(tmp_path), 1000)
 
 
 def test_a_shard_that_is_a_link_out(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_shard_that_is_a_link_out(tmp_path: Path) -> None:
     (tmp_path / "secret.safetensors").write_bytes(safetensors_bytes({}))
     (directory_of / "model.safetensors").unlink()
     (directory_of / "model.safetensors").symlink_to("../secret.safetensors")
-    assert "leads out" in refused(lambda: read_all(inside), 1000)
+    assert "leads out" in assert_refused(lambda: read_all(inside), 1000)
 
 
 def test_what_is_not_a_regular_file(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_what_is_not_a_regular_file(tmp_path: Path) -> None:
     directory(tmp_path, b"")
     (tmp_path / "model.safetensors").unlink()
     os.mkfifo(tmp_path / "model.safetensors")
-    assert "regular file" in refused(lambda: read_all(tmp_path), 1000), "and the reader did not hang"
+    assert "regular file" in assert_refused(lambda: read_all(tmp_path), 1000), "and the reader did not hang"
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").mkdir()
-    refused(lambda: read_all(tmp_path), 1000)
+    assert_refused(lambda: read_all(tmp_path), 1000)

@@ -18,7 +18,7 @@ from haomiao.text.vocabulary import PieceType, Vocabulary
 HUGE = 1 << 60
 
 
-def refused(path: Path) -> str:
+def assert_refused(path: Path) -> str:
     with pytest.raises(HaomiaoError) as caught:
         Tokenizer(path)
     message = str(caught.value)
@@ -150,7 +150,7 @@ GGUF_ATTACKS: dict[str, bytes] = {
 def test_gguf_is_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(GGUF_ATTACKS[name])
-    refused(path)
+    assert_refused(path)
 
 
 @pytest.mark.parametrize("base", [BPE, SPM], ids=["bpe", "spm"])
@@ -159,7 +159,7 @@ def test_gguf_truncated_anywhere(base: dict[str, bytes], tmp_path: Path) -> None
     path = tmp_path / "model.gguf"
     for size in range(0, len(data), 3):
         path.write_bytes(data[:size])
-        refused(path)
+        assert_refused(path)
 
 
 @pytest.mark.parametrize("base", [BPE, SPM], ids=["bpe", "spm"])
@@ -223,7 +223,7 @@ def test_model_truncated_or_changed(unigram: bool, tmp_path: Path) -> None:
 def test_model_is_refused(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(data)
-    refused(path)
+    assert_refused(path)
 
 
 def test_charsmap_that_points_outside(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ JSON_ATTACKS: dict[str, Any] = {
 def test_json_is_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(JSON_ATTACKS[name]))
-    refused(path)
+    assert_refused(path)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_json_is_refused(name: str, tmp_path: Path) -> None:
 )
 def test_json_that_is_none_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(data)
-    refused(tmp_path / "tokenizer.json")
+    assert_refused(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("id_", [4_000_000_000, 1 << 24, 100])
@@ -307,7 +307,7 @@ def test_sparse_ids_stay_inside_the_vocabulary_or_are_refused(id_: int, tmp_path
 def test_files_beside_it_are_refused(name: str, value: Any, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(HONEST))
     (tmp_path / name).write_text(json.dumps(value))
-    refused(tmp_path)
+    assert_refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -356,4 +356,4 @@ def test_catastrophic_pattern_does_not_hang(tmp_path: Path) -> None:
 def test_vocab_and_merges_are_refused(vocab: str, merges: str, tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text(vocab)
     (tmp_path / "merges.txt").write_text(merges)
-    refused(tmp_path)
+    assert_refused(tmp_path)

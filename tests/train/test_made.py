@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from haomiao.train import counting, made  # noqa: E402 (needs torch)
-from haomiao.train.labels import told_apart  # noqa: E402
+from haomiao.train.labels import distillation_loss  # noqa: E402
 
 GOOD = ["a fine day", "what a fine hat", "今天很好", "好天气, fine"]
 BAD = ["a grim day", "what a grim, sad hat", "今天很坏", "坏天气, sad"]
@@ -72,5 +72,5 @@ def test_opinions_that_are_shared_pull_nowhere() -> None:
     opinions = torch.tensor([[3.0, -1.0, 0.5], [0.0, 2.0, 1.0]])
     for logits, agrees in ((opinions + 7.0, True), (-opinions, False)):
         given_logits = logits.clone().requires_grad_()
-        told_apart(given_logits, opinions).backward()
+        distillation_loss(given_logits, opinions).backward()
         assert (float(given_logits.grad.abs().max()) < 1e-6) is agrees

@@ -23,11 +23,11 @@ class Budget:
     arrival_ns: int
     deadline_ns: int | None = None
     ttft_deadline_ns: int | None = None
-    delivery_ns: int = 0
-    """Of the whole budget, what is set aside for the way from the engine to the client."""
     on_budget: OnBudget = "degrade"
     min_point: str | None = None
     max_kl: float | None = None
+    delivery_ns: int = 0
+    """Of the whole budget, what is set aside for the way from the engine to the client."""
 
     @property
     def given(self) -> bool:
@@ -44,7 +44,6 @@ def budget_of(arrival_ns: int, body: Timed, headers: Mapping[str, str], max_kl: 
         arrival_ns,
         arrival_ns + int(min(whole) * 1e6) if whole else None,
         arrival_ns + int(first * 1e6) if first is not None else None,
-        0,
         body.on_budget or "degrade",
         body.min_point,
         min(bounds) if bounds else None,

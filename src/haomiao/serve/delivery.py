@@ -15,7 +15,7 @@ FORGET_NS = 10_000_000_000
 SHARE = 0.9
 """Of the ways that are to fit into what is set aside."""
 MOST = 8
-"""At most this part of a budget is set aside: what a bad minute taught can make budgets tighter and lock nobody out."""
+"""At most this part of a budget is set aside: a bad minute, or clients that read slowly, lock nobody else out."""
 
 
 class Delivery:

@@ -26,7 +26,7 @@ from haomiao.models.plan import Plan
 from haomiao.train.devices import precise, take_device
 from haomiao.train.examples import IGNORED, Example, Ids, Pairs, batch_of, encode_pairs, padded, split
 from haomiao.train.graph import Graph
-from haomiao.train.labels import Choices, Counted, encode_labels, name_codes, tokenizer_config
+from haomiao.train.labels import Choices, MadeUp, encode_labels, name_codes, tokenizer_config
 from haomiao.train.loop import LOG, Loop, Rhythm, Tell, read_log
 from haomiao.train.lora import Lora
 from haomiao.train.optimizers import Optimizer
@@ -210,7 +210,7 @@ def finetune(
         def weights() -> Mapping[str, Tensor]:
             return base if lora is None else lora.merged()
 
-        counted = None if coded is None or not settings.made else Counted(coded, data, tokenizer, settings)
+        counted = None if coded is None or not settings.made else MadeUp(coded, data, tokenizer, settings)
         task = (
             Completions(plan, weights, learnt, judged, settings, where)
             if coded is None

@@ -36,7 +36,7 @@ DROP = 3
 
 
 @dataclass(frozen=True)
-class Told(Example):
+class LabelledPrompt(Example):
     """An example whose prompt is remembered as text."""
 
     prompt: str
@@ -48,8 +48,8 @@ class Coded:
 
     codes: Mapping[str, int]
     """Label -> token."""
-    train: list[Told]
-    valid: list[Told]
+    train: list[LabelledPrompt]
+    valid: list[LabelledPrompt]
     cut: int
     """Prompts that lost their beginning."""
 
@@ -77,7 +77,8 @@ def encode_labels(
         if len(codes) < len(labels):
             raise InputError(f"the vocabulary has no {len(labels)} tokens that the data do not use", param="data")
     examples = [
-        Told((*ids, codes[label]), 1, prompt) for ids, (prompt, label) in zip(prompts, (*train, *valid), strict=True)
+        LabelledPrompt((*ids, codes[label]), 1, prompt)
+        for ids, (prompt, label) in zip(prompts, (*train, *valid), strict=True)
     ]
     return Coded(codes, examples[: len(train)], examples[len(train) :], cut)
 
@@ -123,7 +124,7 @@ class Settings(Protocol):
     def seed(self) -> int: ...
 
 
-class Counted:
+class MadeUp:
     """Made-up examples as the model reads them, with the opinions that it learns."""
 
     def __init__(self, coded: Coded, form: Pairs, tokenizer: Tokenizer, settings: Settings) -> None:
@@ -136,7 +137,7 @@ class Counted:
         self._form, self._tokenizer, self._times = form, tokenizer, settings.made
         self._longest = max(len(example.ids) for example in coded.train)
 
-    def of(self, step: int, examples: Sequence[Told]) -> tuple[list[Sequence[int]], Tensor]:
+    def of(self, step: int, examples: Sequence[LabelledPrompt]) -> tuple[list[Sequence[int]], Tensor]:
         """Prompts in tokens that vary those of `examples`, none longer than what is learnt, and logits [prompts,
         labels]."""
         texts = [self._form.text_of(example.prompt) for example in examples]
@@ -156,7 +157,7 @@ class Choices:
         data: Coded,
         settings: Settings,
         device: torch.device,
-        counted: Counted | None = None,
+        counted: MadeUp | None = None,
     ) -> None:
         self._graph, self._weights, self._data, self._counted = Graph(plan), weights, data, counted
         self._settings, self._device = settings, device
@@ -179,7 +180,7 @@ class Choices:
         whole = loss
         if opinions is not None:
             share = len(made) / (len(prompts) + len(made))
-            taught = told_apart(logits[len(prompts) :], opinions.to(self._device))
+            taught = distillation_loss(logits[len(prompts) :], opinions.to(self._device))
             whole = (1 - share) * loss + share * taught
         torch.autograd.backward(whole)
         return loss.detach()
@@ -213,9 +214,10 @@ class Choices:
         return {"loss": nats / len(by_length), "error": wrong / len(by_length)}
 
 
-def told_apart(logits: Tensor, opinions: Tensor) -> Tensor:
+def distillation_loss(logits: Tensor, opinions: Tensor) -> Tensor:
     """Cross-entropy of a teacher's softened opinions, both as logits [examples, labels], with gradients of the size
-    that a label's has (Hinton, Vinyals and Dean, arXiv:1503.02531, section 2)."""
+    that a label's has (Hinton, Vinyals and Dean, arXiv:1503.02531, section 2). Of a few labels, all known; for a whole
+    vocabulary see `teacher.divergence`."""
     soft = (opinions / TEMPERATURE).softmax(dim=1)
     return TEMPERATURE**2 * F.cross_entropy(logits / TEMPERATURE, soft)
 

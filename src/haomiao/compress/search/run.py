@@ -103,7 +103,7 @@ class Search:
         if len(start.layers) > 1:
             corners.append(dataclasses.replace(start, layers=start.layers[: len(start.layers) // 2]))
             corners.append(dataclasses.replace(corners[-1], levels=corners[1].levels))
-        if len(start.layers) > 3:  # what a step costs however few its layers are
+        if len(start.layers) > 3:  # of fewer, half is one already; what a step costs however few its layers are
             corners.append(dataclasses.replace(start, layers=start.layers[:1]))
         if self.widths > 1:
             corners.append(dataclasses.replace(start, width=self.widths - 1))
