@@ -26,7 +26,7 @@ def assert_refused(path: Path) -> str:
     return message
 
 
-def survives(path: Path) -> None:
+def assert_harmless(path: Path) -> None:
     """Either a clear error, or a tokenizer that encodes and decodes without anything else escaping."""
     try:
         tokenizer = Tokenizer(path)
@@ -169,7 +169,7 @@ def test_gguf_with_any_byte_changed(base: dict[str, bytes], tmp_path: Path) -> N
     path = tmp_path / "model.gguf"
     for position in range(0, len(data), 2):
         path.write_bytes(data[:position] + bytes([rng.randrange(256)]) + data[position + 1 :])
-        survives(path)
+        assert_harmless(path)
 
 
 def test_special_ids_outside_the_vocabulary_are_none(tmp_path: Path) -> None:
@@ -198,10 +198,10 @@ def test_model_truncated_or_changed(unigram: bool, tmp_path: Path) -> None:
     assert Tokenizer(path).decode(Tokenizer(path).encode("hi 中")) == "hi 中"
     for _ in range(120):
         path.write_bytes(data[: rng.randrange(len(data))])
-        survives(path)
+        assert_harmless(path)
         position = rng.randrange(len(data))
         path.write_bytes(data[:position] + bytes([rng.randrange(256)]) + data[position + 1 :])
-        survives(path)
+        assert_harmless(path)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_charsmap_that_points_outside(tmp_path: Path) -> None:
     for _ in range(40):
         units = struct.pack("<64I", *(rng.getrandbits(32) for _ in range(64)))
         path.write_bytes(model(charsmap=struct.pack("<I", len(units)) + units + b"abc"))
-        survives(path)
+        assert_harmless(path)
 
 
 # ---- tokenizer.json and what lies beside it -------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_json_that_is_none_is_refused(data: bytes, tmp_path: Path) -> None:
 def test_sparse_ids_stay_inside_the_vocabulary_or_are_refused(id_: int, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(with_model(vocab={"h": 0, "i": id_}, merges=[])))
-    survives(path)
+    assert_harmless(path)
 
 
 @pytest.mark.parametrize(
