@@ -17,8 +17,8 @@ from haomiao.engine.executors.torch.launch import Queries
 from haomiao.engine.executors.torch.matrices import Tensor
 from haomiao.types import I32, KV_BLOCK_TOKENS, StepBatch
 
-SPLIT = 256
-"""Positions of one program of a decode step's attention."""
+LEAST_SPLIT, MOST_SPLITS = 64, 32
+"""A program of a decode step's attention has at least so many positions; more where else there were too many parts."""
 PREFILL_QUERIES = 16
 """Tokens of one sequence that attend together in a step of many."""
 
@@ -35,6 +35,8 @@ class StepSize:
     table_width: int
     queries: int
     """Tokens of a block of queries."""
+    split: int
+    """Positions of one program, 0: all."""
     splits: int
 
     @property
@@ -46,8 +48,15 @@ class StepSize:
 def decode_size(tokens: int, context: int) -> StepSize:
     """A step in which every token is worked off by itself: decoding, or a few drafted tokens. The splits cover
     `context` positions."""
-    width = -(-context // KV_BLOCK_TOKENS)
-    return StepSize(tokens, tokens, tokens, tokens, width, 1, -(-context // SPLIT))
+    width, split = -(-context // KV_BLOCK_TOKENS), LEAST_SPLIT
+    while split * MOST_SPLITS < context:
+        split *= 2
+    return StepSize(tokens, tokens, tokens, tokens, width, 1, split, -(-context // split))
+
+
+def long_size(tokens: int) -> StepSize:
+    """A prompt of that many tokens, one row of which is wanted."""
+    return StepSize(tokens, 1, -(-tokens // PREFILL_QUERIES), 1, -(-tokens // KV_BLOCK_TOKENS), PREFILL_QUERIES, 0, 1)
 
 
 def prefill_size(batch: StepBatch) -> StepSize:
@@ -55,7 +64,7 @@ def prefill_size(batch: StepBatch) -> StepSize:
     lengths = np.diff(batch.span_starts)
     blocks = int((-(-lengths // PREFILL_QUERIES)).sum())
     width = max(1, int((-(-(batch.past + lengths) // KV_BLOCK_TOKENS)).max()))
-    return StepSize(batch.tokens, int(batch.logit_rows.size), blocks, int(lengths.size), width, PREFILL_QUERIES, 1)
+    return StepSize(batch.tokens, int(batch.logit_rows.size), blocks, int(lengths.size), width, PREFILL_QUERIES, 0, 1)
 
 
 def fill(words: I32, size: StepSize, batch: StepBatch, padding_block: int) -> None:
@@ -109,6 +118,6 @@ def views(words: Tensor, size: StepSize) -> StepInputs:
     tokens, positions, slots, owners, rows, starts, counts, tables = torch.split(words[: size.words], sizes)
     queries = Queries(
         positions, tables.view(size.sequences, size.table_width), owners, starts, counts,
-        size.queries, SPLIT, size.splits,
+        size.queries, size.split, size.splits,
     )  # fmt: skip
     return StepInputs(tokens, positions, slots, rows, queries)
