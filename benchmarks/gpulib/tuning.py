@@ -44,8 +44,10 @@ def candidates(tokens: int) -> Iterator[dict[str, int | bool]]:
         for bytes_, columns, resident in itertools.product((32, 64, 128), (1024, 512, 2048), (24, 12, 48)):
             yield {"gemv_bytes": bytes_, "gemv_columns": columns, "gemv_resident": resident}
     else:
-        for rows, warps, stages in ((64, 4, 4), (32, 4, 4), (16, 2, 4), (32, 2, 6), (64, 4, 6), (128, 8, 4)):
-            yield {"gemm_rows": rows, "gemm_warps": warps, "gemm_stages": stages}
+        for rows, warps, stages, groups in (
+            (32, 4, 3, 4), (64, 4, 3, 4), (16, 2, 3, 4), (32, 2, 4, 4), (32, 4, 3, 8), (64, 4, 4, 2), (64, 4, 4, 1),
+        ):  # fmt: skip
+            yield {"gemm_rows": rows, "gemm_warps": warps, "gemm_stages": stages, "gemm_groups": groups}
 
 
 def tune(device: torch.device, seconds: float, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -253,6 +253,7 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, since each costs the interpreter milliseconds; few buckets, so that five tokens are many."""
     monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_bytes=1 << 20, gemv_most=128, gemm_rows=128))
     monkeypatch.setattr(fast, "BUCKETS", (1, 2, 4))
+    monkeypatch.setattr(step_inputs, "LEAST_SPLIT", 256)
 
 
 @pytest.mark.parametrize(("name", "point", "kv_type", "bound"), STEPS)

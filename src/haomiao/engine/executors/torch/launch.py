@@ -34,9 +34,11 @@ class Blocks:
     """Columns of a warp of `gemv`."""
     gemv_resident: int = 24
     """Warps of `gemv` on a multiprocessor; two thirds of it where codes of 4 bits take more registers."""
-    gemm_rows: int = 64
+    gemm_rows: int = 32
     gemm_warps: int = 4
-    gemm_stages: int = 4
+    gemm_stages: int = 3
+    gemm_groups: int = 4
+    """Groups of 32 columns that `gemm` reads at a turn, for up to 32 tokens."""
     keys: int = 64
     attend_warps: int = 4
     dependent: bool = True
@@ -167,7 +169,8 @@ def _gemm(out: Tensor, x: Tensor, matrix: DeviceMatrix, encoding: int, rounding:
         tokens, matrix.cols, matrix.padded, matrix.rows, after.scale, after.softcap,
         ENCODING=encoding, GROUP=matrix.group, LO_SHIFT=matrix.lo_shift, ROUND=rounding,
         BIAS=after.bias is not None, ADD=after.add, CAP=after.softcap != 0,
-        BM=rows, BN=BLOCKS.gemm_rows, num_warps=BLOCKS.gemm_warps, num_stages=BLOCKS.gemm_stages,
+        BM=rows, BN=BLOCKS.gemm_rows, GROUPS=BLOCKS.gemm_groups if rows < 64 else 1,
+        num_warps=BLOCKS.gemm_warps, num_stages=BLOCKS.gemm_stages,
         **dependence(out.device),
     )  # fmt: skip
 
@@ -303,15 +306,17 @@ def attend(out: Tensor, q: Tensor, memory: LayerMemory, queries: Queries, shape:
         sums = torch.empty(rows, shape.head_dim, device=out.device)
         peaks = torch.empty(rows, 2, device=out.device)
     width, kind = power(shape.head_dim, 16), KV_KINDS[memory.k.dtype]
+    most = power(queries.most * (shape.heads // shape.kv_heads), 16)
     attention.attend[(queries.starts.shape[0], shape.kv_heads, queries.splits)](
         out, sums, peaks, q, memory.k, memory.v, memory.k if memory.k_scales is None else memory.k_scales,
         memory.v if memory.v_scales is None else memory.v_scales, queries.positions, queries.tables, queries.owners,
         queries.starts, queries.counts, queries.tables.shape[1], queries.splits,
         shape.scale, shape.window, shape.softcap,
         HEADS=shape.heads, KV_HEADS=shape.kv_heads, HEAD_DIM=shape.head_dim, D=width,
-        ROWS=power(queries.most * (shape.heads // shape.kv_heads), 16), KEYS=32 if kind == 0 else BLOCKS.keys,
+        ROWS=most, KEYS=32 if kind == 0 else BLOCKS.keys,
         SPLIT=split, WINDOW=shape.window > 0, CAP=shape.softcap != 0, KV=kind,
-        num_warps=8 if kind == 0 else BLOCKS.attend_warps,  # f32 has no tensor cores: fewer numbers a thread
+        # many rows, or f32, which has no tensor cores: fewer numbers a thread
+        num_warps=8 if kind == 0 or most * width >= 8192 else BLOCKS.attend_warps,
         **dependence(out.device),
     )  # fmt: skip
     if split:

@@ -126,9 +126,10 @@ def gemm(
     CAP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    GROUPS: tl.constexpr,  # of 32 columns, a turn
     DEPENDENT: tl.constexpr,
 ):
-    """Y = X Wᵀ, 32 columns a turn: codes meet codes (or bf16) in tensor cores, which is exact for codes, and the scales
+    """Y = X Wᵀ, some groups of 32 columns a turn: codes meet codes (or bf16) in tensor cores, which is exact for codes, and the scales
     join outside. A row's result does not depend on the rows beside it. Grid [N / BN, M / BM]."""
     started(DEPENDENT)
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -143,26 +144,33 @@ def gemm(
         first = half % 4 * 8 + half // 4
         second = first + 4
     acc = tl.zeros([BM, BN], tl.float32)
-    for start in range(0, padded, 32):
-        a = tl.load(x + token * K + start + first, mask=live[:, None] & (start + first < K), other=0.0)
-        b = tl.load(x + token * K + start + second, mask=live[:, None] & (start + second < K), other=0.0)
-        ws = tl.load(scales + rows.to(tl.int64) * (padded // GROUP) + start // GROUP, mask=inside, other=0.0)
-        share = ws.to(tl.float32)[None, :]
-        if ROUND == 2:
-            greatest = tl.max(tl.maximum(magnitude(a), magnitude(b)), axis=1)
-            scale, inverse = factors(greatest)
-            a = rounded(a * inverse[:, None])
-            b = rounded(b * inverse[:, None])
-            share = share * scale[:, None]
-        if ENCODING == 2:
-            base = row * padded + start + half
-            p = tl.load(hi + base, mask=inside[:, None], other=0).to(tl.float32)
-            q = tl.load(hi + base + 16, mask=inside[:, None], other=0).to(tl.float32)
-        else:
-            p, q = nibble_codes(hi, lo, row * (padded // 2) + start // 2 + half, inside[:, None], ENCODING, LO_SHIFT)
-        part = dot16(bf16(a), tl.trans(bf16(p)), tl.zeros([BM, BN], tl.float32))
-        part = dot16(bf16(b), tl.trans(bf16(q)), part)
-        acc += part * share
+    for turn in range(0, padded, 32 * GROUPS):
+        for each in tl.static_range(GROUPS):
+            start = turn + 32 * each
+            stored = inside[:, None] & (start + half < padded)
+            a = tl.load(x + token * K + start + first, mask=live[:, None] & (start + first < K), other=0.0)
+            b = tl.load(x + token * K + start + second, mask=live[:, None] & (start + second < K), other=0.0)
+            ws = tl.load(
+                scales + rows.to(tl.int64) * (padded // GROUP) + start // GROUP,
+                mask=inside & (0 * rows + start < padded),
+                other=0.0,
+            )
+            share = ws.to(tl.float32)[None, :]
+            if ROUND == 2:
+                greatest = tl.max(tl.maximum(magnitude(a), magnitude(b)), axis=1)
+                scale, inverse = factors(greatest)
+                a = rounded(a * inverse[:, None])
+                b = rounded(b * inverse[:, None])
+                share = share * scale[:, None]
+            if ENCODING == 2:
+                base = row * padded + start + half
+                p = tl.load(hi + base, mask=stored, other=0).to(tl.float32)
+                q = tl.load(hi + base + 16, mask=stored, other=0).to(tl.float32)
+            else:
+                p, q = nibble_codes(hi, lo, row * (padded // 2) + start // 2 + half, stored, ENCODING, LO_SHIFT)
+            part = dot16(bf16(a), tl.trans(bf16(p)), tl.zeros([BM, BN], tl.float32))
+            part = dot16(bf16(b), tl.trans(bf16(q)), part)
+            acc += part * share
     if ENCODING == 4:
         acc = acc * (1.0 / (1 << LO_SHIFT))
     where = token * N + rows[None, :]
