@@ -33,7 +33,7 @@ class Blocks:
     gemv_columns: int = 1024
     """Columns of a warp of `gemv`."""
     gemv_resident: int = 24
-    """Warps of `gemv` on a multiprocessor; two thirds of it where codes of 4 bits take more registers."""
+    """Warps of `gemv` on a multiprocessor; two thirds of it where weights are not bf16 and take more registers."""
     gemm_rows: int = 32
     gemm_warps: int = 4
     gemm_stages: int = 3
@@ -110,7 +110,7 @@ def gemv(
     source = 1 if before.norm is not None else 2 if before.glu is not None else 0
     words = [part.view(torch.int32) if part.dtype == torch.uint8 else part for part in _parts(matrix)]
     rows, columns, warps = gemv_block(matrix, encoding)
-    resident = BLOCKS.gemv_resident * 2 // 3 if encoding == 3 else BLOCKS.gemv_resident
+    resident = BLOCKS.gemv_resident if encoding == 1 else BLOCKS.gemv_resident * 2 // 3
     programs = min(up(matrix.rows, rows), multiprocessors(out.device) * max(1, resident // warps))
     vector.gemv[(programs,)](
         out, x, x if before.norm is None else before.norm, *words, out if after.bias is None else after.bias,
@@ -136,7 +136,7 @@ def gemv_block(matrix: DeviceMatrix, encoding: int) -> tuple[int, int, int]:
 @cache
 def waits(device: torch.device) -> bool:
     """Whether kernels can be launched before the one before them ended: Hopper and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and bool(torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 @cache

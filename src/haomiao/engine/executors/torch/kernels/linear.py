@@ -129,8 +129,8 @@ def gemm(
     GROUPS: tl.constexpr,  # of 32 columns, a turn
     DEPENDENT: tl.constexpr,
 ):
-    """Y = X Wᵀ, some groups of 32 columns a turn: codes meet codes (or bf16) in tensor cores, which is exact for codes, and the scales
-    join outside. A row's result does not depend on the rows beside it. Grid [N / BN, M / BM]."""
+    """Y = X Wᵀ, some groups of 32 columns a turn: codes meet codes (or bf16) in tensor cores, which is exact for codes,
+    and the scales join outside. A row's result does not depend on the rows beside it. Grid [N / BN, M / BM]."""
     started(DEPENDENT)
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
