@@ -214,7 +214,7 @@ def _gemm(out: Tensor, x: Tensor, matrix: DeviceMatrix, encoding: int, rounding:
 def dequantized(matrix: DeviceMatrix, planes: Planes) -> Tensor:
     """Weights bf16 [rows, cols], for one product."""
     out = torch.empty(matrix.rows, matrix.cols, dtype=torch.bfloat16, device=matrix.hi.device)
-    linear.dequantize[(up(matrix.rows, 32), up(matrix.padded, 128))](
+    linear.dequantize[(up(matrix.padded, 128), up(matrix.rows, 32))](
         out, *_parts(matrix), matrix.cols, matrix.padded, matrix.rows,
         ENCODING=encoding_of(matrix, planes), GROUP=matrix.group, LO_SHIFT=matrix.lo_shift, BN=32, BK=128,
     )  # fmt: skip

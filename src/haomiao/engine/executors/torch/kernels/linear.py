@@ -200,10 +200,11 @@ def dequantize(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Weights as bf16, for products of many tokens: read once here, then cuBLAS. Grid [N / BN, padded / BK]."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    """Weights as bf16, for products of many tokens: read once here, then cuBLAS. Neighbouring programs
+    write neighbouring columns. Grid [padded / BK, N / BN]."""
+    rows = tl.program_id(1) * BN + tl.arange(0, BN)
     row = rows.to(tl.int64)[:, None]
-    cols = (tl.program_id(1) * BK + tl.arange(0, BK))[None, :]
+    cols = (tl.program_id(0) * BK + tl.arange(0, BK))[None, :]
     there = (rows < N)[:, None] & (cols < K)
     w = table_row(hi, lo, scales, row, cols, there, padded, ENCODING, GROUP, LO_SHIFT)
     tl.store(out + row * K + cols, bf16(w).to(tl.bfloat16), mask=there)
