@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=check.AT_ONCE, help="check: groups beside each other")
     parser.add_argument("--group", help="check: this group alone, in this process, JSON lines")
     parser.add_argument("--independent", action="store_true", help="no kernel begins before the one before it ended")
-    parser.add_argument("--only", default="", help="check: groups whose name holds this")
+    parser.add_argument("--only", default="", help="check: groups whose name holds one of these, by commas")
     args = parser.parse_args()
     unknown = [name for name in args.models.split(",") if name not in MODELS]
     if unknown:
@@ -165,7 +165,7 @@ def main() -> int:
     }  # fmt: skip
     failed = []
     if args.what == "check":
-        names = [name for name in check.groups(device) if args.only in name]
+        names = [name for name in check.groups(device) if any(part in name for part in args.only.split(","))]
         report["checks"] = check.run_checks(
             [__file__, *(["--independent"] * args.independent)], names, say, args.at_once
         )

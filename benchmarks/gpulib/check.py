@@ -40,7 +40,7 @@ LINEAR = (
 )
 SIZES = ((896, 896), (1152, 896), (2048, 8192))
 FUSED = (896, 4864)
-TOKENS = (1, 2, 17, 64, 200)
+TOKENS = (1, 2, 8, 17, 64, 200)
 STEPS: tuple[tuple[str, str, KvType], ...] = (
     ("f32", "full", "f32"), ("bf16", "bf16", "bf16"), ("planes", "int8", "bf16"), ("planes", "int8", "int8"),
     ("planes", "int4", "bf16"), ("planes", "int4-w", "bf16"), ("planes", "int4-w", "int8"),

@@ -44,17 +44,20 @@ def matrices() -> Iterator[tuple[str, int, int, str]]:
             yield f"{shape} {op.weight}", spec.rows, spec.cols, kind
 
 
-def candidates(tokens: int) -> Iterator[dict[str, int]]:
+def candidates(tokens: int, storage: str) -> Iterator[dict[str, Any]]:
     """Sizes of blocks to try, the default first."""
     if tokens == 1:
         for bytes_, columns, tiles, resident in (
-            (32, 1024, 4, 20), (32, 512, 4, 20), (64, 512, 2, 20), (32, 512, 1, 20), (32, 1024, 1, 20),
-            (64, 1024, 4, 20), (16, 512, 4, 30), (32, 2048, 4, 20), (32, 1024, 4, 60),
+            (32, 1024, 4, 20), (64, 1024, 2, 16), (64, 1024, 4, 16), (32, 512, 4, 20), (32, 1024, 1, 20),
+            (32, 1024, 2, 24), (16, 1024, 4, 32),
         ):  # fmt: skip
             yield {"gemv_bytes": bytes_, "gemv_columns": columns, "gemv_tiles": tiles, "gemv_resident": resident}
+        if storage == "planes":
+            yield {"gemv_codes": True}
     else:
-        for rows, warps, stages, groups in ((32, 4, 3, 4), (16, 2, 3, 4), (64, 4, 3, 4), (32, 2, 3, 8), (32, 4, 4, 2)):
+        for rows, warps, stages, groups in ((32, 4, 3, 8), (64, 4, 3, 4), (32, 4, 4, 4), (16, 4, 3, 8), (32, 8, 3, 16)):
             yield {"gemm_rows": rows, "gemm_warps": warps, "gemm_stages": stages, "gemm_groups": groups}
+        yield {"gemm_batched": False}
 
 
 def jobs() -> list[tuple[tuple[str, str, int], tuple[str, int, int, str]]]:
@@ -69,7 +72,7 @@ def planes_of(what: str, point: str) -> Any:
 
 def compile_part(part: int, device: torch.device) -> None:
     """Launch this part's candidates once."""
-    todo = [(kind, each, blocks) for kind, each in jobs() for blocks in candidates(kind[2])]
+    todo = [(kind, each, blocks) for kind, each in jobs() for blocks in candidates(kind[2], kind[0])]
     defaults, generator = dict(launch.BLOCKS.__dict__), torch.Generator(device).manual_seed(0)
     for (storage, point, tokens), (what, rows, cols, before), blocks in todo[part::PARTS]:
         launch.BLOCKS.__dict__.update(defaults | blocks)
@@ -103,7 +106,7 @@ def tune(
         read = one.nbytes - (one.lo.numel() if one.lo is not None and not one.reads_lo(planes) else 0)
         copies = [one, *(shapes.random_matrix(rows, cols, storage, generator, device) for _ in range(CACHE // read))]
         found = []
-        for blocks in candidates(tokens):
+        for blocks in candidates(tokens, storage):
             launch.BLOCKS.__dict__.update(defaults | blocks)
             try:
                 replay = graph_of(product_of(what, cols, rows, point, tokens, before, device), copies)
@@ -126,7 +129,7 @@ def adopt(file: Path) -> int:
     for line in file.read_text().splitlines():
         row = json.loads(line)
         if "best" in row and "encoding" in row:
-            blocks = {name: value for name, value in row["best"].items() if name.startswith("gem")}
+            blocks = {name: value for name, value in row["best"].items() if name in launch.BLOCKS.__dict__}
             key = (row["encoding"], row["rows"], row["cols"], row["m"] == 1)
             launch.BEST[key] = launch.Blocks(**launch.BLOCKS.__dict__ | blocks)
     return len(launch.BEST)

@@ -80,6 +80,7 @@ def main() -> None:
     for module, name in (
         *((launch.linear, name) for name in ("gemm", "dequantize")),
         (launch.vector, "gemv"),
+        *((launch.several, name) for name in ("prepare", "gemm_codes")),
         *((launch.rowwise, name) for name in ("embed", "norm", "gate", "add", "greatest_parts", "greatest")),
         *((launch.attention, name) for name in ("store", "attend", "merge")),
     ):

@@ -91,10 +91,10 @@ def test_a_program_goes_through_several_blocks(
     monkeypatch.setattr(
         launch, "BLOCKS", launch.Blocks(gemv_bytes=64, gemv_columns=512, gemv_resident=2, gemv_tiles=tiles)
     )
-    matrix, x = matrix_of(encoding, 37, 1030), random(1, 1030)
+    matrix, x = matrix_of(encoding, 125, 1030), random(1, 1030)
     block = launch.gemv_block(matrix, launch.encoding_of(matrix, planes), 1)
     assert block.programs == 1 and block.tiles == tiles and matrix.rows > block.rows * tiles
-    out = random(1, 37, seed=2)
+    out = random(1, 125, seed=2)
     wanted = out + twins.linear(matrix, x, POINTS[point], planes)
     launch.gemv(out, x, matrix, POINTS[point], planes, launch.PLAIN, launch.After(add=True))
     assert error(out, wanted) <= 1e-5
@@ -114,6 +114,25 @@ def test_what_stands_before_a_vector(point: str) -> None:
         launch.gemv(out, pairs, matrix, POINTS[point], planes, launch.Before(glu=activation), launch.After(softcap=2.0))
         wanted = twins.softcapped(twins.linear(matrix, twins.glu(pairs, activation), POINTS[point], planes), 2.0)
         assert error(out, wanted) <= 1e-2
+
+
+@pytest.mark.parametrize("point", ["int4", "int4-w", "int8"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_codes_in_tensor_cores(point: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several turns, the last of which is not full, after a norm and after a gate, for one token too."""
+    monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_codes=True, gemm_groups=4, gemm_rows=16))
+    matrix, weight = matrix_of("planes", 37, 288), random(288, seed=3)
+    planes, before = POINTS[point].planes, (launch.Before(norm=weight, eps=1e-5), launch.Before(glu="silu"))
+    for each in before:
+        x = random(tokens, 288 if each.glu is None else 576)
+        made = twins.rms_norm(x, weight, 1e-5) if each.glu is None else twins.glu(x, "silu")
+        out = random(tokens, 37, seed=2)
+        wanted = out + twins.linear(matrix, made, POINTS[point], planes)
+        if tokens == 1:
+            launch.gemv(out, x, matrix, POINTS[point], planes, each, launch.After(add=True))
+        else:
+            launch.matmul(out, x, matrix, POINTS[point], planes, launch.After(add=True), each)
+        assert error(out, wanted) <= 1e-2  # a code of an activation may fall the other way
 
 
 def test_codes_of_odd_groups() -> None:

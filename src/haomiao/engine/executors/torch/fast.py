@@ -307,14 +307,7 @@ class FastRunner:
         if x.shape[0] == 1:
             launch.gemv(out, x, matrix, point, planes, self._before(before), after)
             return
-        if before is not None:
-            made_of = torch.empty(x.shape[0], matrix.cols, device=x.device)
-            if isinstance(before, ops.Norm):
-                self._norm(before, made_of, x)
-            else:
-                launch.gate(made_of, x, before.activation, pairs=True)
-            x = made_of
-        launch.matmul(out, x, matrix, point, planes, after)
+        launch.matmul(out, x, matrix, point, planes, after, self._before(before))
 
     def _before(self, op: ops.Norm | ops.Glu | None) -> launch.Before:
         if op is None:

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from haomiao.engine.executors.torch.kernels import attention, linear, rowwise, vector
+from haomiao.engine.executors.torch.kernels import attention, linear, rowwise, several, vector
 from haomiao.engine.executors.torch.matrices import DeviceMatrix, Tensor
 from haomiao.engine.executors.torch.memory import LayerMemory
 from haomiao.models.plan import Activation
@@ -32,14 +32,18 @@ class Blocks:
     """Rows of a block of `gemv` at most."""
     gemv_columns: int = 1024
     """Columns of a warp of `gemv`."""
+    gemv_codes: bool = False
+    """One token as several are multiplied, in tensor cores."""
     gemv_tiles: int = 4
     """Tiles of rows that the warps of `gemv` add up at once, at most."""
     gemv_resident: int = 20
-    """Warps of `gemv` on a multiprocessor; four fifths of it where weights are not bf16 and take more registers."""
+    """Warps of `gemv` on a multiprocessor, which has registers for as many."""
     gemm_rows: int = 32
     gemm_warps: int = 4
     gemm_stages: int = 3
-    gemm_groups: int = 4
+    gemm_batched: bool = True
+    """The groups of a turn as a batch of products; else one after the other."""
+    gemm_groups: int = 8
     """Groups of 32 columns that `gemm` reads at a turn, for up to 32 tokens."""
     keys: int = 64
     attend_warps: int = 4
@@ -50,6 +54,8 @@ class Blocks:
 BLOCKS = Blocks()
 BEST: dict[tuple[int, int, int, bool], Blocks] = {}
 """By encoding, rows, columns and whether there is but one token, what was measured to be best; else `BLOCKS`."""
+PREPARED = 32
+"""Groups of 32 activations that one program makes ready."""
 DEQUANTIZED_FROM = 32
 """Tokens from which 16-bit activations meet weights that were made bf16 first."""
 
@@ -121,6 +127,9 @@ def gemv(
 ) -> None:
     """One token: out f32 [1, rows] from x f32 [1, cols] (or [1, 2 cols] for a gate)."""
     encoding = encoding_of(matrix, planes)
+    if encoding >= 3 and rounding_of(matrix, point) and blocks_for(matrix, encoding, 1).gemv_codes:
+        codes_matmul(out, x, matrix, encoding, rounding_of(matrix, point), before, after)
+        return
     source = 1 if before.norm is not None else 2 if before.glu is not None else 0
     block = gemv_block(matrix, encoding, multiprocessors(out.device))
     vector.gemv[(block.programs,)](
@@ -137,6 +146,8 @@ BITS = (32, 16, 8, 4, 8)
 """Of a weight, by encoding."""
 
 
+REDUCTION = 0.4
+"""Of a tile's time, about: what it takes the warps to add up their sums."""
 WIDTHS = (4, 8, 16, 4, 4)
 """Numbers, or words, of 16 bytes."""
 
@@ -162,11 +173,12 @@ def gemv_block(matrix: DeviceMatrix, encoding: int, processors: int) -> GemvBloc
     warps = min(max(columns // blocks.gemv_columns, 1), 16)
     a_row = columns * BITS[encoding] // 8 // (32 * warps)
     rows = min(max(blocks.gemv_bytes // max(a_row, 1), 1), blocks.gemv_most)
-    resident = blocks.gemv_resident if encoding == 1 else blocks.gemv_resident * 4 // 5
-    slots = processors * max(1, resident // warps)
-    tiles = blocks.gemv_tiles
-    while tiles > 1 and up(matrix.rows, tiles * rows) < slots:
-        tiles //= 2
+    slots = processors * max(1, blocks.gemv_resident // warps)
+    # rounds of the last programs to finish, each of some tiles and a sum over the warps that costs a part of one
+    tiles = min(
+        (each for each in (1, 2, 4) if each <= blocks.gemv_tiles),
+        key=lambda each: up(up(matrix.rows, each * rows), slots) * (each + REDUCTION),
+    )
     count = up(matrix.rows, tiles * rows)
     pieces = columns // (32 if encoding >= 3 else WIDTHS[encoding])
     return GemvBlock(rows, tiles, WIDTHS[encoding], pieces, warps, min(count, slots), count <= slots)
@@ -189,29 +201,70 @@ def dependence(device: torch.device) -> dict[str, bool]:
     return {"DEPENDENT": True, "launch_pdl": True} if BLOCKS.dependent and waits(device) else {"DEPENDENT": False}
 
 
-def matmul(out: Tensor, x: Tensor, matrix: DeviceMatrix, point: Point, planes: Planes, after: After) -> None:
-    """Several tokens: out f32 [tokens, rows] from x f32 [tokens, cols]."""
-    encoding, rounding = encoding_of(matrix, planes), rounding_of(matrix, point)
+def matmul(
+    out: Tensor, x: Tensor, matrix: DeviceMatrix, point: Point, planes: Planes, after: After, before: Before = PLAIN
+) -> None:
+    """Several tokens: out f32 [tokens, rows] from x f32 [tokens, cols] (or [tokens, 2 cols] for a gate)."""
+    encoding, rounding, tokens = encoding_of(matrix, planes), rounding_of(matrix, point), x.shape[0]
+    dense = encoding < 2 or (rounding == 1 and tokens >= DEQUANTIZED_FROM)
+    if not dense and blocks_for(matrix, encoding, tokens).gemm_batched and tokens <= 64:
+        codes_matmul(out, x, matrix, encoding, rounding, before, after)
+        return
+    x = _made(x, matrix, before)
     if encoding < 2:
         _product(out, x, matrix.hi, rounding, after)
-    elif rounding == 1 and x.shape[0] >= DEQUANTIZED_FROM:
+    elif dense:
         _product(out, x, dequantized(matrix, planes), 1, after)
     else:
         _gemm(out, x, matrix, encoding, rounding, after)
 
 
+def _made(x: Tensor, matrix: DeviceMatrix, before: Before) -> Tensor:
+    """What stands before a matrix, f32."""
+    if before.norm is None and before.glu is None:
+        return x
+    made = torch.empty(x.shape[0], matrix.cols, device=x.device)
+    if before.norm is not None:
+        norm(made, x, before.norm, None, before.eps, layer=False)
+    elif before.glu is not None:
+        gate(made, x, before.glu, pairs=True)
+    return made
+
+
+def codes_matmul(
+    out: Tensor, x: Tensor, matrix: DeviceMatrix, encoding: int, rounding: int, before: Before, after: After
+) -> None:
+    """Up to some tokens, from one on, by codes in tensor cores."""
+    tokens, groups = x.shape[0], matrix.padded // 32
+    blocks = blocks_for(matrix, encoding, tokens)
+    short = torch.empty(tokens, matrix.padded, dtype=torch.bfloat16, device=x.device)
+    x_scales = torch.empty(tokens, groups, device=x.device) if rounding == 2 else out
+    source = 1 if before.norm is not None else 2 if before.glu is not None else 0
+    several.prepare[(tokens, up(groups, PREPARED))](
+        short, x_scales, x, x if before.norm is None else before.norm, matrix.cols, matrix.padded, before.eps,
+        SOURCE=source, ACT=ACTIVATIONS[before.glu or "silu"], ROUND=rounding, PLANES=encoding >= 3,
+        GROUPS=PREPARED, BLOCK=power(matrix.cols, 32), num_warps=4, **dependence(out.device),
+    )  # fmt: skip
+    rows = 16 if tokens <= 16 else 32
+    several.gemm_codes[(up(matrix.rows, blocks.gemm_rows), up(tokens, rows))](
+        out, short, x_scales, *_words(matrix), out if after.bias is None else after.bias,
+        tokens, matrix.padded, matrix.rows, after.scale, after.softcap,
+        ENCODING=encoding, GROUP=matrix.group, LO_SHIFT=matrix.lo_shift, ROUND=rounding,
+        BIAS=after.bias is not None, ADD=after.add, CAP=after.softcap != 0,
+        BM=rows, BN=blocks.gemm_rows, GROUPS=blocks.gemm_groups,
+        num_warps=blocks.gemm_warps, num_stages=blocks.gemm_stages, **dependence(out.device),
+    )  # fmt: skip
+
+
 def _gemm(out: Tensor, x: Tensor, matrix: DeviceMatrix, encoding: int, rounding: int, after: After) -> None:
     tokens = x.shape[0]
-    blocks = blocks_for(matrix, encoding, tokens)
     rows = 16 if tokens <= 16 else 32 if tokens <= 64 else 64  # twice 32 take less than once 64, which waits for wgmma
-    linear.gemm[(up(matrix.rows, blocks.gemm_rows), up(tokens, rows))](
+    linear.gemm[(up(matrix.rows, 32), up(tokens, rows))](
         out, x, *_parts(matrix), out if after.bias is None else after.bias,
         tokens, matrix.cols, matrix.padded, matrix.rows, after.scale, after.softcap,
         ENCODING=encoding, GROUP=matrix.group, LO_SHIFT=matrix.lo_shift, ROUND=rounding,
         BIAS=after.bias is not None, ADD=after.add, CAP=after.softcap != 0,
-        BM=rows, BN=blocks.gemm_rows, GROUPS=blocks.gemm_groups if rows < 64 else 1,
-        num_warps=blocks.gemm_warps, num_stages=blocks.gemm_stages,
-        **dependence(out.device),
+        BM=rows, BN=32, GROUPS=4 if rows < 64 else 1, num_warps=4, num_stages=3, **dependence(out.device),
     )  # fmt: skip
 
 

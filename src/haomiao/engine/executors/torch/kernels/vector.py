@@ -66,22 +66,23 @@ def weights_at(
     columns: tl.constexpr = 32 if ENCODING >= 3 else WIDTH
     row = rows.to(tl.int64)
     piece = tl.arange(0, PIECES)
-    there = (rows < N)[:, None] & (piece * columns < padded)[None, :]
+    # pieces first: of axes alike the compiler lays lanes along the first, so that they read neighbouring bytes
+    there = (piece * columns < padded)[:, None] & (rows < N)[None, :]
     # written so that the compiler sees that a row begins at a multiple of 16 bytes
-    first = (row * (padded // 32 * (32 // columns * WIDTH)))[:, None] + (piece * WIDTH)[None, :]
+    first = (row * (padded // 32 * (32 // columns * WIDTH)))[None, :] + (piece * WIDTH)[:, None]
     if ENCODING < 2:
-        first = (row * padded)[:, None] + (piece * WIDTH)[None, :]
+        first = (row * padded)[None, :] + (piece * WIDTH)[:, None]
     where = first[:, :, None] + tl.arange(0, WIDTH)[None, None, :]
     inside = there[:, :, None]
     if ENCODING < 2:  # rows of any length
-        inside = inside & ((piece * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :] < padded)[None, :, :]
+        inside = inside & ((piece * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :] < padded)[:, None, :]
     w = tl.load(hi + where, mask=inside, other=0, eviction_policy="evict_first")
     v = w
     ws = w
     if ENCODING == 4:
         v = tl.load(lo + where, mask=inside, other=0, eviction_policy="evict_first")
     if ENCODING >= 2:
-        of_scales = (row * (padded // GROUP))[:, None] + (piece * columns // GROUP)[None, :]
+        of_scales = (row * (padded // GROUP))[None, :] + (piece * columns // GROUP)[:, None]
         ws = tl.load(scales + of_scales, mask=there, other=0.0)
     return w, v, ws
 
@@ -122,14 +123,14 @@ def words_times(w, v, a, b, c, d, e, f, g, h, ENCODING: tl.constexpr, LO_SHIFT: 
     a float without a conversion: its bits stand in the fraction of 1 + n / 16 or 1 + n / 256, or end 2^23 + n."""
     if ENCODING == 3:
         y = lower(w << 15) * a + upper(w << 15) * b + lower(w << 7) * c + upper(w << 7) * d
-        y += lower(w >> 1) * e + upper(w >> 1) * f + lower(w >> 9) * g + upper(w >> 9) * h
+        y = y + lower(w >> 1) * e + upper(w >> 1) * f + lower(w >> 9) * g + upper(w >> 9) * h
     else:
         even = ((w & 0x0F0F0F0F) << LO_SHIFT) + (v & 0x0F0F0F0F)  # codes fit into bytes
         odd = (((w >> 4) & 0x0F0F0F0F) << LO_SHIFT) + ((v >> 4) & 0x0F0F0F0F)
         y = byte(even, 0) * a + byte(odd, 0) * b + byte(even, 8) * c + byte(odd, 8) * d
         even = even >> 16
         odd = odd >> 16
-        y += byte(even, 0) * e + byte(odd, 0) * f + byte(even, 8) * g + byte(odd, 8) * h
+        y = y + byte(even, 0) * e + byte(odd, 0) * f + byte(even, 8) * g + byte(odd, 8) * h
     return y
 
 
@@ -285,16 +286,16 @@ def gemv(
             )
             if ENCODING >= 3:
                 sums = words_times(
-                    w, v, a[None, :, :], b[None, :, :], c[None, :, :], d[None, :, :],
-                    e[None, :, :], f[None, :, :], g[None, :, :], h[None, :, :], ENCODING, LO_SHIFT,
+                    w, v, a[:, None, :], b[:, None, :], c[:, None, :], d[:, None, :],
+                    e[:, None, :], f[:, None, :], g[:, None, :], h[:, None, :], ENCODING, LO_SHIFT,
                 )  # fmt: skip
-                part = tl.sum(sums, axis=2) - excess[None, :]
+                part = tl.sum(sums, axis=2) - excess[:, None]
             else:
-                part = tl.sum(w.to(tl.float32) * a[None, :, :], axis=2)
+                part = tl.sum(w.to(tl.float32) * a[:, None, :], axis=2)
             if ENCODING >= 2:
                 part = part * ws.to(tl.float32)
             if ROUND == 2:
-                part = part * scale[None, :]
+                part = part * scale[:, None]
             if tile == 0:
                 first = part
             if tile == 1:
@@ -307,13 +308,13 @@ def gemv(
             v = next_v
             ws = next_ws
         if TILES == 1:
-            y = tl.sum(first, axis=1)
+            y = tl.sum(first, axis=0)
             rows = at * BN + within
         elif TILES == 2:
-            y = tl.sum(tl.join(first, second), axis=1)
+            y = tl.sum(tl.join(first, second), axis=0)
             rows = (at * 2 + tl.arange(0, 2)[None, :]) * BN + within[:, None]
         else:
-            y = tl.reshape(tl.sum(tl.join(tl.join(first, second), tl.join(third, fourth)), axis=1), [BN, 4])
+            y = tl.reshape(tl.sum(tl.join(tl.join(first, second), tl.join(third, fourth)), axis=0), [BN, 4])
             index = tl.arange(0, 4)[None, :]
             rows = (at * 4 + index % 2 * 2 + index // 2) * BN + within[:, None]
         if ENCODING == 4:
