@@ -51,15 +51,18 @@ from haomiao.errors import HaomiaoError  # noqa: E402
 sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != ROOT]
 
 MODELS = ("0.5b", "1b", "8b")
-JOBS = [(m, s) for m in ("8b", "1b", "0.5b") for s in measure.POINTS_OF]
-"""What matters most first."""
-BASELINES = [
+OTHERS = [
     ("compiled-bf16", "8b", 1), ("compiled-int4", "8b", 1), ("transformers", "1b", 1), ("compiled-bf16", "0.5b", 1),
     ("compiled-bf16", "1b", 1), ("compiled-int4", "1b", 1), ("transformers", "0.5b", 1), ("compiled-int4", "0.5b", 1),
     ("compiled-bf16", "8b", 8), ("compiled-int4", "8b", 8), ("transformers", "8b", 1), ("transformers", "1b", 8),
     ("compiled-bf16", "1b", 8), ("compiled-bf16", "0.5b", 8), ("transformers", "0.5b", 8), ("transformers", "8b", 8),
 ]  # fmt: skip
-ROOM = {"ours": 15.0, "baseline": 35.0}
+JOBS: list[tuple[str, ...]] = [
+    ("8b", "bf16"), ("8b", "planes"), ("1b", "bf16"), ("0.5b", "bf16"), *((o[0], o[1], str(o[2])) for o in OTHERS[:3]),
+    ("1b", "planes"), ("0.5b", "planes"), *((o[0], o[1], str(o[2])) for o in OTHERS[3:]),
+]  # fmt: skip
+"""What matters most first: (model, storage) of ours, (name, model, batch) of others."""
+ROOM = {"ours": 12.0, "other": 30.0}
 """Seconds that a job must find left to be begun."""
 
 
@@ -90,14 +93,13 @@ def run(args: argparse.Namespace, device: torch.device, keep: Callable[[dict[str
         keep({"job": name, "seconds": round(time.monotonic() - began, 1)})
 
     chosen = args.models.split(",")
-    for shape, storage in JOBS[: 2 if args.quick else None]:
-        if shape in chosen and not args.baselines_only:
-            job = partial(measure.ours, shape, storage, device, top, points=1 if args.quick else None)
-            attempt(f"{shape} {storage}", ROOM["ours"], job)
-    for name, shape, batch in BASELINES:
-        if shape in chosen and not args.quick:
-            other = partial(measure.other, name, shape, batch, device, top)
-            attempt(f"{name} {shape} batch {batch}", ROOM["baseline"], other)
+    for each in JOBS[: 2 if args.quick else None]:
+        if len(each) == 2 and each[0] in chosen and not args.baselines_only:
+            job = partial(measure.ours, *each, device, top, points=1 if args.quick else None)
+            attempt(" ".join(each), ROOM["ours"], job)
+        if len(each) == 3 and each[1] in chosen:
+            other = partial(measure.other, each[0], each[1], int(each[2]), device, top)
+            attempt(" ".join(each), ROOM["other"], other)
     return {"ceilings": top, "rows": rows, "skipped": skipped, "ratios": ratios(rows)}
 
 
@@ -126,9 +128,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="append every row, as a JSON line")
     parser.add_argument("--blocks", type=Path, help="run: sizes of blocks that `tune --out` wrote")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--warm", metavar="NAME,MODEL,BATCH", help="run: compile this baseline into the cache, no more")
     parser.add_argument("--at-once", type=int, default=check.AT_ONCE, help="check: groups beside each other")
     parser.add_argument("--group", help="check: this group alone, in this process, JSON lines")
     parser.add_argument("--independent", action="store_true", help="no kernel begins before the one before it ended")
+    parser.add_argument("--dense", action="store_true", help="several tokens meet bf16 made of codes, not codes")
     parser.add_argument("--only", default="", help="check: groups whose name holds one of these, by commas")
     args = parser.parse_args()
     unknown = [name for name in args.models.split(",") if name not in MODELS]
@@ -150,10 +154,14 @@ def main() -> int:
             with args.out.open("a") as file:
                 file.write(line + "\n")
 
-    launch.BLOCKS.dependent = not args.independent
-    script = [__file__, *(["--independent"] * args.independent)]
+    launch.BLOCKS.dependent, launch.BLOCKS.gemm_batched = not args.independent, not args.dense
+    script = [__file__, *(["--independent"] * args.independent), *(["--dense"] * args.dense)]
     if args.blocks is not None and args.blocks.exists():
         say(f"{tuning.adopt(args.blocks)} sizes of blocks from {args.blocks}")
+    if args.warm is not None:
+        name, shape, batch = args.warm.split(",")
+        measure.warm(name, shape, int(batch), device)
+        return 0
     if args.part is not None:
         tuning.compile_part(args.part, device)
         return 0

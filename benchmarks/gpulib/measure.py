@@ -153,13 +153,24 @@ def decode(
 def other(name: str, shape: str, batch: int, device: torch.device, top: dict[str, float]) -> Iterator[dict[str, Any]]:
     """A decode step of a baseline."""
     began = time.monotonic()
-    if name == "transformers":
-        step = baselines.transformers_step(shape, batch, CONTEXT, device)
-    else:
-        step = baselines.compiled_step(shape, batch, CONTEXT, device, int4=name.endswith("int4"))
+    step = step_of(name, shape, batch, device)
     for _ in range(6):
         step()
     compiled = time.monotonic() - began
     times = timed(step, baselines.ROOM - 50, warm=10)
     row: dict[str, Any] = {"model": shape, "engine": name, "batch": batch, "context": CONTEXT, **spread(times)}
     yield row | {"compiled_in_s": round(compiled, 1), "tokens_s": round(1e3 * batch / row["ms_p50"], 1)}
+
+
+def warm(name: str, shape: str, batch: int, device: torch.device) -> None:
+    """Compile a baseline's step, so that the next process finds it in PyTorch's cache."""
+    step = step_of(name, shape, batch, device)
+    for _ in range(3):
+        step()
+
+
+def step_of(name: str, shape: str, batch: int, device: torch.device) -> Callable[[], Any]:
+    """A decode step of a baseline."""
+    if name == "transformers":
+        return baselines.transformers_step(shape, batch, CONTEXT, device)
+    return baselines.compiled_step(shape, batch, CONTEXT, device, int4=name.endswith("int4"))

@@ -25,7 +25,10 @@ from haomiao.types import POINTS
 
 CACHE = 200 << 20
 """Bytes that the copies of a matrix must have together: more than three times the L2 cache of an H200."""
-KINDS = (("planes", "int4-w", 1), ("bf16", "bf16", 1), ("planes", "int4-w", 8), ("planes", "int8", 1))
+KINDS = (
+    ("planes", "int4-w", 1), ("planes", "int4-w", 8), ("planes", "int4-w", 64), ("bf16", "bf16", 1),
+    ("planes", "int8", 1),
+)  # fmt: skip
 PARTS = 14
 """Processes that compile."""
 
@@ -54,15 +57,25 @@ def candidates(tokens: int, storage: str) -> Iterator[dict[str, Any]]:
             yield {"gemv_bytes": bytes_, "gemv_columns": columns, "gemv_tiles": tiles, "gemv_resident": resident}
         if storage == "planes":
             yield {"gemv_codes": True}
-    else:
-        for rows, warps, stages, groups in ((32, 4, 3, 8), (64, 4, 3, 4), (32, 4, 4, 4), (16, 4, 3, 8), (32, 8, 3, 16)):
+    elif tokens <= 16:
+        for rows, warps, stages, groups in ((32, 4, 3, 8), (64, 4, 3, 4), (32, 4, 4, 4), (16, 4, 3, 8)):
             yield {"gemm_rows": rows, "gemm_warps": warps, "gemm_stages": stages, "gemm_groups": groups}
         yield {"gemm_batched": False}
+    else:
+        yield {"codes_to": 0}
+        for rows, groups in ((32, 4), (64, 4)):
+            yield {"codes_to": 64, "gemm_rows": rows, "gemm_groups": groups}
 
 
 def jobs() -> list[tuple[tuple[str, str, int], tuple[str, int, int, str]]]:
-    """Every kind of product of every matrix."""
-    return [(kind, each) for kind in KINDS for each in matrices()]
+    """Every kind of product of every matrix, model by model; of the smaller ones, one token alone."""
+    return [
+        (kind, each)
+        for shape in ("8b", "0.5b", "1b")
+        for kind in KINDS
+        for each in matrices()
+        if each[0].startswith(shape) and (shape == "8b" or kind[2] == 1)
+    ]
 
 
 def planes_of(what: str, point: str) -> Any:
@@ -130,7 +143,7 @@ def adopt(file: Path) -> int:
         row = json.loads(line)
         if "best" in row and "encoding" in row:
             blocks = {name: value for name, value in row["best"].items() if name in launch.BLOCKS.__dict__}
-            key = (row["encoding"], row["rows"], row["cols"], row["m"] == 1)
+            key = (row["encoding"], row["rows"], row["cols"], launch.company(row["m"]))
             launch.BEST[key] = launch.Blocks(**launch.BLOCKS.__dict__ | blocks)
     return len(launch.BEST)
 

@@ -135,6 +135,21 @@ def test_codes_in_tensor_cores(point: str, tokens: int, monkeypatch: pytest.Monk
         assert error(out, wanted) <= 1e-2  # a code of an activation may fall the other way
 
 
+def test_several_tokens_without_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the batch of groups is switched off, weights become bf16, and codes of activations meet groups in turn; up
+    to `codes_to` tokens they stay codes."""
+    x, matrix = random(3, 256), matrix_of("planes", 64, 256)
+    for point, bound in (("int4-w", 1e-2), ("int8", 1e-5)):
+        monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemm_batched=False))
+        out, planes = torch.zeros(3, 64), POINTS[point].planes
+        launch.matmul(out, x, matrix, POINTS[point], planes, launch.After())
+        assert error(out, twins.linear(matrix, x, POINTS[point], planes)) <= bound
+    monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(codes_to=64))
+    many, out = random(34, 256), torch.zeros(34, 64)
+    launch.matmul(out, many, matrix, POINTS["int4-w"], "hi", launch.After())
+    assert error(out, twins.linear(matrix, many, POINTS["int4-w"], "hi")) <= 1e-5
+
+
 def test_codes_of_odd_groups() -> None:
     """Zero, infinite and NaN groups of activations, as the rule has them."""
     matrix, x = matrix_of("planes", 33, 128), random(3, 128)
@@ -381,7 +396,7 @@ def test_a_library_that_cannot_write_in_place_is_not_asked_to(monkeypatch: pytes
 def test_blocks_that_were_measured_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, best = matrix_of("planes", 37, 70), launch.Blocks(gemv_bytes=16, gemv_tiles=1)
     encoding = launch.encoding_of(matrix, "hi")
-    monkeypatch.setattr(launch, "BEST", {(encoding, 37, 70, True): best})
+    monkeypatch.setattr(launch, "BEST", {(encoding, 37, 70, 0): best})
     assert launch.blocks_for(matrix, encoding, 1) is best
     assert launch.blocks_for(matrix, encoding, 8) is launch.BLOCKS
     assert launch.gemv_block(matrix, encoding, 1).tiles == 1

@@ -42,7 +42,10 @@ class Blocks:
     gemm_warps: int = 4
     gemm_stages: int = 3
     gemm_batched: bool = True
-    """The groups of a turn as a batch of products; else one after the other."""
+    """The groups of a turn as a batch of products; else weights become bf16, or for codes of activations the groups
+    come one after the other."""
+    codes_to: int = 0
+    """Up to so many tokens weights stay codes, however many `DEQUANTIZED_FROM` says."""
     gemm_groups: int = 8
     """Groups of 32 columns that `gemm` reads at a turn, for up to 32 tokens."""
     keys: int = 64
@@ -52,8 +55,8 @@ class Blocks:
 
 
 BLOCKS = Blocks()
-BEST: dict[tuple[int, int, int, bool], Blocks] = {}
-"""By encoding, rows, columns and whether there is but one token, what was measured to be best; else `BLOCKS`."""
+BEST: dict[tuple[int, int, int, int], Blocks] = {}
+"""By encoding, rows, columns and `company`, what was measured to be best; else `BLOCKS`."""
 PREPARED = 32
 """Groups of 32 activations that one program makes ready."""
 DEQUANTIZED_FROM = 32
@@ -72,7 +75,12 @@ def up(a: int, b: int) -> int:
 
 def blocks_for(matrix: DeviceMatrix, encoding: int, tokens: int) -> Blocks:
     """Sizes of blocks for a matrix."""
-    return BEST.get((encoding, matrix.rows, matrix.cols, tokens == 1), BLOCKS)
+    return BEST.get((encoding, matrix.rows, matrix.cols, company(tokens)), BLOCKS)
+
+
+def company(tokens: int) -> int:
+    """0 for a token alone, 1 for up to 16, 2 for more."""
+    return 0 if tokens == 1 else 1 if tokens <= 16 else 2
 
 
 def encoding_of(matrix: DeviceMatrix, planes: Planes) -> int:
@@ -206,8 +214,9 @@ def matmul(
 ) -> None:
     """Several tokens: out f32 [tokens, rows] from x f32 [tokens, cols] (or [tokens, 2 cols] for a gate)."""
     encoding, rounding, tokens = encoding_of(matrix, planes), rounding_of(matrix, point), x.shape[0]
-    dense = encoding < 2 or (rounding == 1 and tokens >= DEQUANTIZED_FROM)
-    if not dense and blocks_for(matrix, encoding, tokens).gemm_batched and tokens <= 64:
+    blocks = blocks_for(matrix, encoding, tokens)
+    dense = rounding == 1 and (not blocks.gemm_batched or max(DEQUANTIZED_FROM, blocks.codes_to + 1) <= tokens)
+    if encoding >= 2 and not dense and blocks.gemm_batched and tokens <= 64:
         codes_matmul(out, x, matrix, encoding, rounding, before, after)
         return
     x = _made(x, matrix, before)

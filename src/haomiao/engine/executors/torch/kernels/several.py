@@ -129,7 +129,7 @@ def gemm_codes(
             whole = (row * (groups * 32))[None, :, None] + (group * 32)[:, None, None] + place
             b = bf16(tl.load(hi + whole, mask=there[:, :, None], other=0).to(tl.float32))
         else:
-            first = (row * (groups * 4))[None, :] + (group * 4)[:, None]
+            first = (row * (padded // 8))[None, :] + (group * 4)[:, None]
             words = first[:, :, None] + tl.arange(0, 4)[None, None, :]
             w = tl.load(hi + words, mask=there[:, :, None], other=0)
             v = w
