@@ -1,9 +1,11 @@
 """What changes from step to step, as one block of int32 that goes to the device in one copy.
 
     tokens [T] | positions [T] | slots [T] | owners [T] | rows [R] | starts [B] | counts [B] | tables [S, W]
+    and, where rows are drawn, from an even place on, floats as their bits:
+    uniform [2 R] | top_p [2 R] | temperature [R] | min_p [R] | top_k [R]
 
-T tokens, padded to what the launch is made for; padding tokens are position 0 of a block nobody reads. Knows sizes and
-the batch; no operations.
+T tokens, padded to what the launch is made for; padding tokens are position 0 of a block nobody reads, padding rows are
+not drawn. Knows sizes and the batch; no operations.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 
 from haomiao.engine.executors.torch.launch import Queries
 from haomiao.engine.executors.torch.matrices import Tensor
-from haomiao.types import I32, KV_BLOCK_TOKENS, StepBatch
+from haomiao.engine.executors.torch.twins import Draws
+from haomiao.types import I32, KV_BLOCK_TOKENS, RowDraws, StepBatch
 
 SPLIT = 256
 """Positions of one program of a decode step's attention."""
@@ -36,18 +39,30 @@ class StepSize:
     queries: int
     """Tokens of a block of queries."""
     splits: int
+    drawn: bool = False
+    """Rows are drawn."""
+
+    @property
+    def fixed(self) -> int:
+        """int32 numbers of the inputs, without what draws rows."""
+        return 4 * self.tokens + self.rows + 2 * self.blocks + self.sequences * self.table_width
+
+    @property
+    def draws_at(self) -> int:
+        """Where that begins: float64 need an even place."""
+        return self.fixed + self.fixed % 2
 
     @property
     def words(self) -> int:
         """int32 numbers of the inputs."""
-        return 4 * self.tokens + self.rows + 2 * self.blocks + self.sequences * self.table_width
+        return self.draws_at + 7 * self.rows if self.drawn else self.fixed
 
 
-def decode_size(tokens: int, context: int) -> StepSize:
+def decode_size(tokens: int, context: int, drawn: bool = False) -> StepSize:
     """A step in which every token is worked off by itself: decoding, or a few drafted tokens. The splits cover
     `context` positions."""
     width = -(-context // KV_BLOCK_TOKENS)
-    return StepSize(tokens, tokens, tokens, tokens, width, 1, -(-context // SPLIT))
+    return StepSize(tokens, tokens, tokens, tokens, width, 1, -(-context // SPLIT), drawn)
 
 
 def prefill_size(batch: StepBatch) -> StepSize:
@@ -55,7 +70,10 @@ def prefill_size(batch: StepBatch) -> StepSize:
     lengths = np.diff(batch.span_starts)
     blocks = int((-(-lengths // PREFILL_QUERIES)).sum())
     width = max(1, int((-(-(batch.past + lengths) // KV_BLOCK_TOKENS)).max()))
-    return StepSize(batch.tokens, int(batch.logit_rows.size), blocks, int(lengths.size), width, PREFILL_QUERIES, 1)
+    return StepSize(
+        batch.tokens, int(batch.logit_rows.size), blocks, int(lengths.size), width, PREFILL_QUERIES, 1,
+        batch.draws is not None,
+    )  # fmt: skip
 
 
 def fill(words: I32, size: StepSize, batch: StepBatch, padding_block: int) -> None:
@@ -65,7 +83,7 @@ def fill(words: I32, size: StepSize, batch: StepBatch, padding_block: int) -> No
     owners = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
     positions = batch.past[owners] + np.arange(count, dtype=np.int32) - batch.span_starts[owners]
     blocks = batch.block_tables[owners, positions // KV_BLOCK_TOKENS]
-    fields = np.split(words, np.cumsum([t, t, t, t, size.rows, size.blocks, size.blocks]))
+    fields = np.split(words[: size.fixed], np.cumsum([t, t, t, t, size.rows, size.blocks, size.blocks]))
     for field, values, rest in (
         (fields[0], batch.token_ids, 0),
         (fields[1], positions, 0),
@@ -89,6 +107,20 @@ def fill(words: I32, size: StepSize, batch: StepBatch, padding_block: int) -> No
     tables = fields[7].reshape(size.sequences, size.table_width)
     given = batch.block_tables[:, : size.table_width]
     tables[: given.shape[0], : given.shape[1]] = np.maximum(given, 0)  # unused entries are -1, and never read
+    if size.drawn:
+        _fill_draws(words[size.draws_at :], size.rows, batch.draws)
+
+
+def _fill_draws(words: I32, rows: int, draws: RowDraws | None) -> None:
+    """Write how rows are drawn; padding is not."""
+    words.fill(0)
+    if draws is None:
+        return
+    wide, narrow = words[: 4 * rows].view(np.float64), words[4 * rows :].view(np.float32)
+    count = draws.uniform.size
+    wide[:count], wide[rows : rows + count] = draws.uniform, draws.top_p
+    narrow[:count], narrow[rows : rows + count] = draws.temperature, draws.min_p
+    words[6 * rows : 6 * rows + count] = draws.top_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +132,25 @@ class StepInputs:
     slots: Tensor
     rows: Tensor
     queries: Queries
+    draws: Draws | None
 
 
 def views(words: Tensor, size: StepSize) -> StepInputs:
     """Fields of int32 [size.words]."""
     t = size.tokens
     sizes = [t, t, t, t, size.rows, size.blocks, size.blocks, size.sequences * size.table_width]
-    tokens, positions, slots, owners, rows, starts, counts, tables = torch.split(words[: size.words], sizes)
+    tokens, positions, slots, owners, rows, starts, counts, tables = torch.split(words[: size.fixed], sizes)
     queries = Queries(
         positions, tables.view(size.sequences, size.table_width), owners, starts, counts,
         size.queries, SPLIT, size.splits,
     )  # fmt: skip
-    return StepInputs(tokens, positions, slots, rows, queries)
+    return StepInputs(tokens, positions, slots, rows, queries, _draws(words[size.draws_at :], size))
+
+
+def _draws(words: Tensor, size: StepSize) -> Draws | None:
+    if not size.drawn:
+        return None
+    r = size.rows
+    uniform, top_p, temperature, min_p, top_k = torch.split(words, [2 * r, 2 * r, r, r, r])
+    wide, narrow = torch.float64, torch.float32
+    return Draws(uniform.view(wide), top_p.view(wide), temperature.view(narrow), min_p.view(narrow), top_k)
