@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from gpulib.shapes import CONFIGS
 
 Step = Callable[[], Any]
+ROOM = 256
+"""Positions beyond the context. The cache of transformers counts its own length, so no more steps may be taken."""
 
 
 def transformers_step(shape: str, batch: int, context: int, device: torch.device) -> Step:
@@ -24,24 +26,18 @@ def transformers_step(shape: str, batch: int, context: int, device: torch.device
     config = transformers.AutoConfig.for_model(**CONFIGS[shape])
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    cache = transformers.StaticCache(config=config, max_cache_len=context + 256)
+    cache = transformers.StaticCache(config=config, max_cache_len=context + ROOM)
     prompt = torch.ones(batch, context, dtype=torch.long, device=device)
-    with torch.inference_mode():
-        model(
-            prompt,
-            past_key_values=cache,
-            cache_position=torch.arange(context, device=device),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    with torch.no_grad():
+        model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
     compiled = torch.compile(model, mode="reduce-overhead")
     token = torch.ones(batch, 1, dtype=torch.long, device=device)
-    position = torch.tensor([context], device=device)
+    position = torch.full((batch, 1), context, device=device)
 
     def step() -> Any:
-        with torch.inference_mode():
+        with torch.no_grad():
             torch.compiler.cudagraph_mark_step_begin()
-            logits = compiled(token, past_key_values=cache, cache_position=position, use_cache=True).logits
+            logits = compiled(token, position_ids=position, past_key_values=cache, use_cache=True).logits
             return logits[:, -1].argmax(-1).cpu()
 
     return step
@@ -88,7 +84,7 @@ class Decoder(torch.nn.Module):
         )  # fmt: skip
         self.table = torch.nn.Embedding(c["vocab_size"], hidden, device=device, dtype=torch.bfloat16)
         self.norm = torch.nn.Buffer(torch.ones(hidden, device=device, dtype=torch.bfloat16))
-        sizes = (c["num_hidden_layers"], batch, self.kv_heads, context + 256, self.dim)
+        sizes = (c["num_hidden_layers"], batch, self.kv_heads, context + ROOM, self.dim)
         self.k, self.v = (torch.nn.Buffer(torch.zeros(sizes, device=device, dtype=torch.bfloat16)) for _ in range(2))
         inverse = 1e4 ** (-torch.arange(0, self.dim, 2, device=device) / self.dim)
         self.inverse = torch.nn.Buffer(inverse)
@@ -127,7 +123,7 @@ def compiled_step(shape: str, batch: int, context: int, device: torch.device, *,
     position = torch.tensor([context], device=device)
 
     def step() -> Any:
-        with torch.inference_mode():
+        with torch.no_grad():
             return compiled(token, position).cpu()
 
     return step

@@ -1,9 +1,20 @@
-"""What has to hold before a figure of speed counts: kernels beside their twins, graphs beside launches."""
+"""What has to hold before a figure of speed counts: kernels beside their twins, graphs beside launches, whole steps.
+
+Checks come in groups, each a process of its own: kernels compile beside each other, and a fault of one group, which
+makes the GPU unusable for its process, takes nothing from the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -12,7 +23,10 @@ from gpulib import shapes
 from haomiao.engine.executors.torch import launch, twins
 from haomiao.engine.executors.torch.executor import TorchExecutor
 from haomiao.engine.executors.torch.fast import FastRunner
-from haomiao.types import POINTS, StepBatch
+from haomiao.types import KV_BLOCK_TOKENS, POINTS, KvType, StepBatch
+
+Check: TypeAlias = tuple[str, float, Callable[[], float]]
+"""Name, bound, what gives the error."""
 
 LINEAR = (
     ("f32", "full", "full"),
@@ -27,42 +41,102 @@ LINEAR = (
 SIZES = ((896, 896), (1152, 896), (2048, 8192))
 FUSED = (896, 4864)
 TOKENS = (1, 2, 17, 64, 200)
+STEPS: tuple[tuple[str, str, KvType], ...] = (
+    ("f32", "full", "f32"), ("bf16", "bf16", "bf16"), ("planes", "int8", "bf16"), ("planes", "int8", "int8"),
+    ("planes", "int4", "bf16"), ("planes", "int4-w", "bf16"), ("planes", "int4-w", "int8"),
+)  # fmt: skip
+AGREE = {"full": 1e-4, "bf16": 2e-2, "int4-w": 2e-2, "int8": 5e-2, "int4": 5e-2}
+"""Of whole steps, relative to the greatest logit. A bf16 activation, or a code of one, that falls the other way moves
+a logit by as much as 1e-2; kernels alone are held to 1e-4."""
+GROUP_SECONDS = 150.0
+AT_ONCE = 6
+"""Groups beside each other: the widest of them take up to 12 GB."""
 
 
-def run_checks(device: torch.device, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Every check's name, error and bound. None is skipped when another fails."""
-    found = []
-    for name, bound, check in checks(device):
-        try:
-            error, words = check(), ""
-        except Exception as reason:  # a kernel that does not compile must not hide the others
-            error, words = (
-                float("nan"),
-                f" {type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}",
-            )
-        good = error <= bound
-        say(f"{'ok  ' if good else 'FAIL'} {name}: {error:.2e}, at most {bound:.0e}{words[:300]}")
-        found.append({"name": name, "error": error, "bound": bound, "ok": good})
+def groups(device: torch.device) -> dict[str, list[Check]]:
+    """All checks, by group; those that take longest first."""
+    found: dict[str, list[Check]] = {}
+    for shape in ("8b", "1b", "0.5b"):
+        for storage in ("bf16", "planes"):
+            found[f"wide-{shape}-{storage}"] = list(wide_checks(device, shape, storage))
+    for storage, point, kv in STEPS:
+        found[f"steps-{point}-{kv}"] = [
+            (f"steps {point} kv {kv}", AGREE[point], partial(steps, device, storage, point, kv)),
+            (f"graph beside launches {point} kv {kv}", 0.0, partial(graphs, device, storage, point, kv)),
+            (f"launches of a decode step {point} kv {kv}", 0.0, partial(launches, device, storage, point, kv)),
+        ]
+    for storage, point, planes in LINEAR:
+        name = f"linear {storage} {point} {planes}"
+        found[f"linear-{storage}-{point}-{planes}"] = [
+            (f"{name} m={tokens}", linear_bound(point, tokens), partial(linear, device, storage, point, planes, tokens))
+            for tokens in TOKENS
+        ]
+    found["fused"] = [
+        *((f"gemv after {what} at {point}", 2e-2, partial(fused, device, what, point))
+          for what in ("norm", "glu") for point in ("bf16", "int4-w", "int4", "int8")),
+        ("greatest, lowest of equals", 0.0, partial(greatest, device)),
+        ("K and V beyond 2^31 numbers", AGREE["bf16"], partial(far_blocks, device)),
+    ]  # fmt: skip
     return found
 
 
-def checks(device: torch.device) -> Iterator[tuple[str, float, Callable[[], float]]]:
-    """(name, bound, what gives the error)."""
-    for storage, point, planes in LINEAR:
-        for tokens in TOKENS:
-            wide = point == "int4-w" and tokens >= launch.DEQUANTIZED_FROM
-            name = f"linear {storage} {point} {planes} m={tokens}"
-            yield name, 1e-2 if wide else 1e-4, lambda a=(storage, point, planes, tokens): linear(device, *a)
-    for what in ("norm", "glu"):
-        for point in ("int4-w", "int4"):
-            yield f"gemv after {what} at {point}", 2e-2, lambda a=(what, point): fused(device, *a)
-    yield "greatest, lowest of equals", 0.0, lambda: greatest(device)
-    for storage, point, kv in (
-        ("f32", "full", "f32"), ("bf16", "bf16", "bf16"), ("planes", "int8", "bf16"), ("planes", "int8", "int8"),
-        ("planes", "int4", "bf16"), ("planes", "int4-w", "bf16"), ("planes", "int4-w", "int8"),
-    ):  # fmt: skip
-        yield f"steps {point} kv {kv}", 5e-2, lambda a=(storage, point, kv): steps(device, *a)
-        yield f"graph beside launches {point} kv {kv}", 0.0, lambda a=(storage, point, kv): graphs(device, *a)
+def run_group(name: str, device: torch.device, say: Callable[[str], None]) -> bool:
+    """One group's checks, a JSON line each. None is skipped when another fails."""
+    good = True
+    for words, bound, check in groups(device)[name]:
+        began, reason = time.monotonic(), ""
+        try:
+            error = check()
+        except Exception as failure:  # a kernel that does not compile must not hide the others
+            lines = str(failure).splitlines() or [""]
+            error, reason = float("nan"), f"{type(failure).__name__}: {lines[0]}"[:300]
+        row = {"name": words, "error": error, "bound": bound, "ok": error <= bound}
+        row |= {"s": round(time.monotonic() - began, 2)} | ({"reason": reason} if reason else {})
+        good = good and row["ok"]
+        say(json.dumps(row))
+    return good
+
+
+def run_checks(
+    script: Sequence[str], names: Sequence[str], say: Callable[[str], None], at_once: int = AT_ONCE
+) -> list[dict[str, Any]]:
+    """The groups of these names, each in a process of its own that runs `script check --group NAME`."""
+    lock, rows = threading.Lock(), []
+    began = time.monotonic()
+
+    def heard(row: dict[str, Any]) -> None:
+        with lock:
+            rows.append(row)
+            word = f" {row['reason']}" if row.get("reason") else ""
+            verdict = "ok  " if row["ok"] else "FAIL"
+            error = "" if row["error"] is None else f": {row['error']:.2e}, at most {row['bound']:.0e}"
+            say(f"{verdict} {time.monotonic() - began:5.1f} s  {row['name']}{error} ({row['s']} s){word}")
+
+    def one(name: str) -> None:
+        start = time.monotonic()
+        command = [sys.executable, *script, "check", "--group", name]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            killer = threading.Timer(GROUP_SECONDS, process.kill)
+            killer.start()
+            try:
+                output, errors = process.communicate()
+            finally:
+                killer.cancel()
+        for line in output.splitlines():
+            if line.startswith("{"):
+                heard(json.loads(line))
+        if process.returncode not in (0, 1):
+            said = (errors.strip().splitlines() or ["nothing said"])[-1][:300]
+            took = round(time.monotonic() - start, 1)
+            reason = f"ended with {process.returncode}: {said}"
+            heard({"name": f"group {name}", "error": None, "bound": 0.0, "ok": False, "s": took, "reason": reason})
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(one, names))
+    return rows
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -73,13 +147,19 @@ def generator_on(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(7)
 
 
+def linear_bound(point: str, tokens: int) -> float:
+    """From `DEQUANTIZED_FROM` tokens on, int4-w rounds its weights to bf16."""
+    return 1e-2 if point == "int4-w" and tokens >= launch.DEQUANTIZED_FROM else 1e-4
+
+
 def linear(device: torch.device, storage: str, point: str, planes: Any, tokens: int) -> float:
     worst = 0.0
     for rows, cols in SIZES:
         generator = generator_on(device)
         matrix = shapes.random_matrix(rows, cols, storage, generator, device)
         x = torch.randn(tokens, cols, generator=generator, device=device)
-        bias, out = torch.randn(rows, generator=generator, device=device), torch.zeros(tokens, rows, device=device)
+        bias = torch.randn(rows, generator=generator, device=device)
+        out = torch.full((tokens, rows), 9.0, device=device)
         after = launch.After(bias)
         if tokens == 1:
             launch.gemv(out, x, matrix, POINTS[point], planes, launch.PLAIN, after)
@@ -92,18 +172,19 @@ def linear(device: torch.device, storage: str, point: str, planes: Any, tokens: 
 def fused(device: torch.device, what: str, point: str) -> float:
     generator = generator_on(device)
     rows, cols = FUSED
-    matrix = shapes.random_matrix(rows, cols, "planes", generator, device)
+    matrix = shapes.random_matrix(rows, cols, "bf16" if point == "bf16" else "planes", generator, device)
     planes = POINTS[point].planes
-    out = torch.zeros(1, rows, device=device)
+    residual = torch.randn(1, rows, generator=generator, device=device)
+    out = residual.clone()
     if what == "norm":
         x, weight = (torch.randn(1, cols, generator=generator, device=device) for _ in range(2))
-        launch.gemv(out, x, matrix, POINTS[point], planes, launch.Before(norm=weight[0], eps=1e-6), launch.After())
+        before = launch.Before(norm=weight[0], eps=1e-6)
         source = twins.rms_norm(x, weight[0], 1e-6)
     else:
         x = torch.randn(1, 2 * cols, generator=generator, device=device)
-        launch.gemv(out, x, matrix, POINTS[point], planes, launch.Before(glu="silu"), launch.After())
-        source = twins.glu(x, "silu")
-    return relative(out, twins.linear(matrix, source, POINTS[point], planes))
+        before, source = launch.Before(glu="silu"), twins.glu(x, "silu")
+    launch.gemv(out, x, matrix, POINTS[point], planes, before, launch.After(add=True))
+    return relative(out, residual + twins.linear(matrix, source, POINTS[point], planes))
 
 
 def greatest(device: torch.device) -> float:
@@ -115,50 +196,125 @@ def greatest(device: torch.device) -> float:
     return float((out != twins.greatest(logits)).sum())
 
 
-def batch_of(seed: int, point: str, spans: list[tuple[int, int]]) -> StepBatch:
-    """(past, tokens) a sequence; sequence i owns blocks 40 i to 40 i + 39."""
+# ---- whole steps ----------------------------------------------------------------------------------------------------
+
+
+def batch_of(seed: int, point: str, spans: Sequence[tuple[int, int]], first_block: int = 0) -> StepBatch:
+    """(past, tokens) a sequence; sequence i owns 40 blocks from `first_block` + 40 i on."""
     tokens = sum(count for _, count in spans)
     rng = np.random.default_rng(seed)
     starts = np.concatenate([[0], np.cumsum([count for _, count in spans])]).astype(np.int32)
-    tables = np.array([np.arange(40 * i, 40 * i + 40) for i in range(len(spans))], np.int32)
+    tables = np.array([first_block + np.arange(40 * i, 40 * i + 40) for i in range(len(spans))], np.int32)
     return StepBatch(
         rng.integers(0, 1000, tokens).astype(np.int32), starts, np.array([past for past, _ in spans], np.int32),
         tables, (starts[1:] - 1).astype(np.int32), point,
     )  # fmt: skip
 
 
-STEPS = ([(0, 90), (0, 700)], [(90, 1), (700, 1)], [(91, 1), (701, 4)], [(92, 1)], [(705, 1)])
-"""Prefill of two sequences, then decoding together, with drafts, and alone."""
+COMPANIES: tuple[Sequence[tuple[int, int]], ...] = (
+    [(0, 90), (0, 300)],
+    [(90, 1), (300, 1)],
+    [(91, 1), (301, 4)],
+    [(92, 1)],
+    [(305, 1)],
+    [(306, 7), (93, 6)],
+    [(93, 1), (306, 1)],
+)
+"""Prefill of two sequences, then decoding together, with drafts, alone, with many drafts, and back to what was drafted.
+Each twice, so that the second is a graph."""
 
 
-def steps(device: torch.device, storage: str, point: str, kv: Any) -> float:
-    """Whole steps beside the twins' steps, the last of which run as graphs."""
-    worst = 0.0
-    pair = [
-        TorchExecutor.of_model(
-            shapes.make("tiny", storage, device, kv_type=kv, kv_blocks=80).model,
-            points=(point,),
-            max_step_tokens=1024,
-            fast=fast,
-        )
-        for fast in (True, False)
+def pair_of(made: shapes.Made, point: str, *, tokens: int = 1024) -> list[TorchExecutor]:
+    """A fast executor and a slow one, of the same weights, each with K and V of its own."""
+    return [
+        TorchExecutor.of_model(each, points=(point,), max_step_tokens=tokens, fast=fast)
+        for each, fast in ((made.model, True), (made.with_new_memory(), False))
     ]
-    for number, spans in enumerate(STEPS):
-        ours, theirs = (each.step(batch_of(number, point, list(spans))).logits.copy() for each in pair)
-        worst = max(worst, float(np.abs(ours - theirs).max() / np.abs(theirs).max()))
-    return worst
 
 
-def graphs(device: torch.device, storage: str, point: str, kv: Any) -> float:
-    """The same step launched kernel by kernel and replayed: the number of logits that differ."""
+def apart(pair: Sequence[TorchExecutor], batch: StepBatch) -> float:
+    """How far the two are apart on a step, the worse of a launch and a replay."""
+    theirs = pair[1].step(batch).logits.copy()
+    found = [pair[0].step(batch).logits.copy() for _ in range(2)]
+    return max(float(np.abs(ours - theirs).max() / np.abs(theirs).max()) for ours in found)
+
+
+def steps(device: torch.device, storage: str, point: str, kv: KvType) -> float:
+    """Whole steps beside the twins' steps; the second of each decode step is a graph."""
+    pair = pair_of(shapes.make("tiny", storage, device, kv_type=kv, kv_blocks=80), point)
+    return max(apart(pair, batch_of(number, point, spans)) for number, spans in enumerate(COMPANIES))
+
+
+def graphs(device: torch.device, storage: str, point: str, kv: KvType) -> float:
+    """The same steps launched kernel by kernel and replayed, others in between: the number of logits that differ."""
     model = shapes.make("tiny", storage, device, kv_type=kv, kv_blocks=80).model
     runner = FastRunner(model, (point,), 1024)
     runner.step(batch_of(0, point, [(0, 90), (0, 700)]))
     differing = 0
-    for spans in ([(90, 1)], [(90, 1), (700, 3)]):
-        batch = batch_of(1, point, spans)
-        first, *others = (runner.step(batch)[0].copy() for _ in range(4))
-        differing += sum(int((first != other).sum()) for other in others)
-    if device.type == "cuda" and not runner.graphs:
-        raise RuntimeError("no graph was captured")
+    first: dict[int, Any] = {}
+    for again in range(5):  # the first round settles K and V, the last is launched by a runner without graphs
+        chosen = runner if again < 4 else FastRunner(model, (point,), 1024)
+        for number, spans in enumerate(([(90, 1)], [(90, 1), (700, 3)], [(700, 1)], [(90, 5), (700, 8)])):
+            logits = chosen.step(batch_of(1, point, spans))[0].copy()
+            if again:
+                differing += int((first.setdefault(number, logits) != logits).sum())
+    if device.type == "cuda" and runner.graphs < 3:
+        raise RuntimeError(f"{runner.graphs} graphs were captured")
     return float(differing)
+
+
+def launches(device: torch.device, storage: str, point: str, kv: KvType) -> float:
+    """What the host launches in a greedy decode step of one token and of five, beyond one graph."""
+    if device.type != "cuda":
+        return 0.0
+    executor = TorchExecutor.of_model(
+        shapes.make("tiny", storage, device, kv_type=kv, kv_blocks=200).model, points=(point,), max_step_tokens=64
+    )
+    extra = 0
+    for spans in ([(90, 1)], [(90, 1)] * 5):
+        batch = batch_of(0, point, spans)
+        batch.greedy = np.ones(len(spans), np.bool_)
+        for _ in range(3):
+            executor.step(batch)
+        seen = host_calls(lambda batch=batch: executor.step(batch))
+        graph = sum(count for name, count in seen.items() if "GraphLaunch" in name)
+        if not seen:
+            raise RuntimeError("the profiler saw nothing")
+        extra += sum(seen.values()) - graph + abs(graph - 1)
+    return float(extra)
+
+
+def host_calls(step: Callable[[], Any]) -> dict[str, int]:
+    """Launches and copies that the host asks for in one step, by the name of the call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    wanted = ("Launch", "Memcpy", "Memset")
+    return {e.key: e.count for e in seen.key_averages() if e.key.startswith("cu") and any(w in e.key for w in wanted)}
+
+
+def wide_checks(device: torch.device, shape: str, storage: str) -> Iterator[Check]:
+    """One layer of a real model: its widths, its grids, its head."""
+    for point in ("bf16",) if storage == "bf16" else ("int4-w", "int8", "int4"):
+        yield f"one layer of {shape} at {point}", AGREE[point], partial(wide, device, shape, storage, point)
+
+
+def wide(device: torch.device, shape: str, storage: str, point: str) -> float:
+    """Prefill, then a decode step of 1, 3, 8 and 40 sequences."""
+    made = shapes.make(shape, storage, device, kv_blocks=1700, layers=1)
+    pair = pair_of(made, point, tokens=160)
+    worst = apart(pair, batch_of(0, point, [(0, 33), (0, 97)]))
+    for number, spans in enumerate(([(97, 1)], [(33, 1), (97, 1), (0, 1)], [(5, 1)] * 8, [(3, 1)] * 40)):
+        worst = max(worst, apart(pair, batch_of(number + 1, point, spans)))
+    return worst
+
+
+def far_blocks(device: torch.device) -> float:
+    """Sequences whose blocks lie where 32 bits no longer count K's and V's numbers."""
+    far = 2**31 // (8 * KV_BLOCK_TOKENS * 128) + 100 if device.type == "cuda" else 100
+    made = shapes.make("8b" if device.type == "cuda" else "tiny", "bf16", device, kv_blocks=far + 90, layers=1)
+    pair = pair_of(made, "bf16", tokens=160)
+    batches = [batch_of(n, "bf16", spans, far) for n, spans in enumerate(([(0, 60), (0, 40)], [(60, 1), (40, 1)]))]
+    return max(apart(pair, batch) for batch in batches)

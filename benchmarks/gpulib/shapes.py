@@ -58,6 +58,14 @@ class Made:
                     total -= matrix.lo.numel()
         return total + sequences * context * self.model.kv_bytes_per_block // 32
 
+    def with_new_memory(self) -> DeviceModel:
+        """The same weights beside K and V of their own."""
+        model = self.model
+        return assemble(
+            model.plan, model.matrices, model.vectors,
+            device=model.device, kv_type=model.kv_type, kv_blocks=model.kv_blocks,
+        )  # fmt: skip
+
     @property
     def matrix_weights(self) -> int:
         """Weights of the linear layers, the head left out."""
@@ -67,9 +75,19 @@ class Made:
         )
 
 
-def make(shape: str, storage: str, device: torch.device, *, kv_type: KvType = "bf16", kv_blocks: int = 1200) -> Made:
-    """`storage`: bf16, or planes. Codes are random, scales make y about as great as x."""
-    plan: Plan = plan_for(CONFIGS[shape])
+def make(
+    shape: str,
+    storage: str,
+    device: torch.device,
+    *,
+    kv_type: KvType = "bf16",
+    kv_blocks: int = 1200,
+    layers: int | None = None,
+) -> Made:
+    """`storage`: f32, bf16, int8 or planes. Codes are random, scales make y about as great as x. `layers`: only so
+    many."""
+    config = CONFIGS[shape]
+    plan: Plan = plan_for(config if layers is None else config | {"num_hidden_layers": layers})
     generator = torch.Generator(device).manual_seed(0)
     matrices, vectors = {}, {}
     for name, spec in plan.weights.items():

@@ -26,7 +26,7 @@ TYPES = {
     torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
 CAPABILITIES = (90,)
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 CPU = torch.device("cpu")
 done: set[Any] = set()
 
@@ -85,6 +85,7 @@ def main() -> None:
         *((drawing.kernels, name) for name in ("chunks", "candidates", "order", "tokens")),
     ):
         setattr(module, name, Recorder(getattr(module, name)))
+    launch.dependence = lambda device: {"DEPENDENT": True, "launch_pdl": True}
     x, out, many = torch.zeros(1, 512), torch.zeros(1, 96), torch.zeros(20, 256)
     weight, ids = torch.zeros(256), torch.zeros(20, dtype=torch.int32)
     for encoding, point in (

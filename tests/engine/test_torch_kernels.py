@@ -82,6 +82,20 @@ def test_linear(encoding: str, point: str, planes: Any, tokens: int) -> None:
         assert error(ours, wanted) <= (1e-2 if wide else 1e-5)
 
 
+@pytest.mark.parametrize(("encoding", "point", "planes"), READINGS)
+def test_a_program_goes_through_several_blocks(
+    encoding: str, point: str, planes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One program for all rows, the last block of which is not full; a row of more columns than one warp has."""
+    monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_bytes=64, gemv_columns=512, gemv_resident=1))
+    matrix, x = matrix_of(encoding, 37, 1030), random(1, 1030)
+    assert matrix.rows > launch.gemv_block(matrix, launch.encoding_of(matrix, planes))[0]
+    out = random(1, 37, seed=2)
+    wanted = out + twins.linear(matrix, x, POINTS[point], planes)
+    launch.gemv(out, x, matrix, POINTS[point], planes, launch.PLAIN, launch.After(add=True))
+    assert error(out, wanted) <= 1e-5
+
+
 @pytest.mark.parametrize("point", ["int4", "int4-w", "full"])
 def test_what_stands_before_a_vector(point: str) -> None:
     matrix = matrix_of("f32" if point == "full" else "planes", 40, 96)
@@ -237,7 +251,7 @@ STEPS = (
 @pytest.fixture
 def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, since each costs the interpreter milliseconds; few buckets, so that five tokens are many."""
-    monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_rows=128, gemm_rows=128))
+    monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_bytes=1 << 20, gemv_most=128, gemm_rows=128))
     monkeypatch.setattr(fast, "BUCKETS", (1, 2, 4))
 
 

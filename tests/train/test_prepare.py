@@ -83,6 +83,22 @@ def test_pairs_become_a_document_in_each_language() -> None:
     assert found == ["one\ntwo", "一\n二"]
 
 
+def test_one_column_of_a_table_with_commas() -> None:
+    file = CorpusFile(path="t.csv", form="pairs", column=0)
+    assert list(documents(file, 'text,label\n"yes, please",a\nno,b\n', Seen(), Account())) == ["text\nyes, please\nno"]
+
+
+def test_labelled_json_gives_its_text() -> None:
+    file = CorpusFile(path="t.json", form="labelled")
+    text = json.dumps(
+        {"train": [["wake me", "alarm"], ["stop", "halt"]], "more": {"test": [["play it", "music"]]}, "n": 3}
+    )
+    assert list(documents(file, text, Seen(), Account())) == ["wake me\nstop\nplay it"]
+    for broken in ("{", "[" * 100_000):
+        with pytest.raises(InputError, match="is not JSON"):
+            list(documents(file, broken, Seen(), Account()))
+
+
 def test_held_out_lines_are_dropped_from_training(tmp_path: Path) -> None:
     line = "a line of the held-out text that stands in the training text as well\n"
     (tmp_path / "t.txt").write_text("something of its own that is long enough to be kept, too\n" + line)

@@ -152,6 +152,15 @@ def test_a_grown_model_begins_as_the_smaller_one(data: Path, trained: Path, tmp_
     assert valid[-1] <= valid[0] + 0.02
 
 
+def test_new_neurons_are_as_large_as_the_old_ones(trained: Path) -> None:
+    small = open_source(trained / "model")
+    grown = Grown(small, dict(small.config) | {"intermediate_size": 512}, 1)
+    name = "model.layers.0.mlp.up_proj.weight"
+    old, both = small.read(name), grown.read(name)
+    assert float(both[len(old) :].std()) == pytest.approx(float(old.std()), rel=0.1)
+    assert not grown.read("model.layers.0.mlp.down_proj.weight")[:, len(old) :].any()
+
+
 def test_a_model_can_only_grow(trained: Path) -> None:
     small = open_source(trained / "model")
     with pytest.raises(InputError, match="can only grow"):
@@ -162,7 +171,7 @@ def test_a_model_can_only_grow(trained: Path) -> None:
 
 
 def test_orthogonalization_brings_singular_values_near_one() -> None:
-    values = torch.linalg.svdvals(orthogonal(torch.randn(24, 40, generator=torch.Generator().manual_seed(1))))
+    values = torch.linalg.svdvals(orthogonal(torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(1))))
     assert float(values.min()) > 0.4
     assert float(values.max()) < 1.4
 

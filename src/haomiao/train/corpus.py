@@ -6,9 +6,11 @@ every line that held-out text contains. Licences and digests of the files are re
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,8 +70,7 @@ def read_file(path: Path, account: Account) -> str:
 
 def documents(file: CorpusFile, text: str, seen: Seen, account: Account) -> Iterator[str]:
     """The documents of a file, without lines that were seen; empty ones are left out."""
-    split: Callable[[str], Iterator[str]] = _pairs if file.form == "pairs" else _separated
-    for document in split(text):
+    for document in _split(file, text):
         kept: list[str] = []
         for line in document.split("\n"):
             if seen.first(line):
@@ -83,14 +84,47 @@ def documents(file: CorpusFile, text: str, seen: Seen, account: Account) -> Iter
             yield clean
 
 
-def _separated(text: str) -> Iterator[str]:
-    yield from (document.strip("\n") for document in SEPARATOR.split(text))
+def _split(file: CorpusFile, text: str) -> Iterator[str]:
+    match file.form:
+        case "documents":
+            yield from (document.strip("\n") for document in SEPARATOR.split(text))
+        case "pairs":
+            yield from _columns(_rows(file.path, text), file.column)
+        case "labelled":
+            yield from _columns(_labelled(file.path, text), 0)
 
 
-def _pairs(text: str) -> Iterator[str]:
-    """Each column by itself, some rows together: one language after the other."""
-    rows = [line.split("\t") for line in text.splitlines() if line.strip()]
+def _rows(path: str, text: str) -> list[list[str]]:
+    """Rows of columns between tabs, or between commas where the name says so."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not path.endswith(".csv"):
+        return [line.split("\t") for line in lines]
+    try:
+        return list(csv.reader(lines))
+    except csv.Error as wrong:
+        raise InputError(f"{path} is not a table ({wrong})", param="files") from None
+
+
+def _labelled(path: str, text: str) -> list[list[str]]:
+    """Every [text, label] of a JSON file, wherever it stands."""
+    try:
+        waiting, found = [json.loads(text)], []
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not JSON", param="files") from None
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(reversed(value.values()))
+        elif isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
+            found.append(value)
+        elif isinstance(value, list):
+            waiting.extend(reversed(value))
+    return found
+
+
+def _columns(rows: list[list[str]], only: int | None) -> Iterator[str]:
+    """Each column by itself (or one of them), some rows together: one language after the other."""
     for begin in range(0, len(rows), PAIRS_TOGETHER):
         together = rows[begin : begin + PAIRS_TOGETHER]
-        for column in range(len(together[0])):
+        for column in range(max(map(len, together))) if only is None else (only,):
             yield "\n".join(row[column] for row in together if column < len(row))

@@ -1,8 +1,10 @@
 """A larger model that begins as a smaller one: the same function at first, with room to learn more.
 
 New layers are copies of the one before whose outputs are zero (progressive stacking, Gong et al., ICML 2019, made
-function-preserving as in Net2Net, arXiv:1511.05641); new neurons are random with outputs of zero. Width, heads and
-vocabulary stay. Knows names of checkpoints, nothing about training.
+function-preserving as in Net2Net, arXiv:1511.05641); new neurons are random with outputs of zero. Their rows are as
+large as those that are there: at the size of a new model's, a fifth of it, they learnt hardly anything (docs/LOG.md,
+"Compression: the table of haomiao-tiny"). Width, heads and vocabulary stay. Knows names of checkpoints, nothing about
+training.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
 GROWS = ("num_hidden_layers", "intermediate_size", "max_position_embeddings")
 """Keys of a config in which the larger model may differ."""
 OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
-STD = 0.02
 
 
 class Grown:
@@ -78,7 +79,7 @@ class Grown:
         grown = np.zeros(shape, np.float32)
         if ".mlp.down_proj." not in name and len(shape) == 2:
             random = np.random.Generator(np.random.Philox([self._seed, sum(name.encode())]))
-            grown[:] = random.normal(0, STD, shape)
+            grown[:] = random.normal(0, float(old.std()), shape)
         grown[tuple(slice(0, size) for size in old.shape)] = old
         return grown
 

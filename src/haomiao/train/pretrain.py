@@ -50,9 +50,8 @@ class NextToken:
     ) -> None:
         self.weights, self.shards, self.training, self.device = weights, shards, training, device
         self.tokens = training.batch * training.accumulate * training.length
-        self._logits: Callable[..., Tensor] = Graph(plan).logits
-        if training.compile:
-            self._logits = torch.compile(self._logits)
+        self._graph = Graph(plan)
+        self._learn: Callable[[Tensor], Tensor] = torch.compile(self._loss) if training.compile else self._loss
         self._bytes = token_bytes(shards.folder / "tokenizer.json", plan.vocab_size)
 
     def backward(self, step: int) -> Tensor:
@@ -61,14 +60,14 @@ class NextToken:
         total = torch.zeros((), device=self.device)
         for index in range(t.accumulate):
             rows = self.shards.batch(t.seed, step * t.accumulate + index, t.batch, t.length)
-            loss = self._loss(torch.from_numpy(rows).to(self.device)) / t.accumulate
+            loss = self._learn(torch.from_numpy(rows).to(self.device)) / t.accumulate
             torch.autograd.backward(loss)
             total += loss.detach()
         return total
 
     def _loss(self, rows: Tensor) -> Tensor:
         with precise(self.device, self.training.precision):
-            logits = self._logits(self.weights, rows[:, :-1])
+            logits = self._graph.logits(self.weights, rows[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
     def validate(self) -> dict[str, float]:

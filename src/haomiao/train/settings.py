@@ -22,7 +22,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "schedule": ("cosine", "trapezoid"),
     "precision": ("f32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
-    "form": ("documents", "pairs"),
+    "form": ("documents", "pairs", "labelled"),
     "use": ("train", "valid"),
 }
 RANGES: Mapping[str, tuple[float, float]] = {
@@ -41,6 +41,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "vocabulary": (260, 65535),
     "limit_mib": (1, 1 << 20),
     "repeat": (1, 100),
+    "column": (0, 1000),
 }
 """Smallest and greatest value of a number; a key that is not here may be any positive one."""
 
@@ -105,8 +106,11 @@ class CorpusFile:
     language: str = ""
     licence: str = ""
     origin: str = ""
-    form: Literal["documents", "pairs"] = "documents"
-    """`documents`: separated by a line <|endoftext|>. `pairs`: columns between tabs, each its own text."""
+    form: Literal["documents", "pairs", "labelled"] = "documents"
+    """`documents`: separated by a line <|endoftext|>. `pairs`: columns between tabs (or commas, in a .csv), each its
+    own text. `labelled`: JSON with lists of [text, label] in it, of which the text is taken."""
+    column: int | None = None
+    """Of `pairs`, this column alone, from 0."""
     use: Literal["train", "valid"] = "train"
     repeat: int = 1
 

@@ -7,7 +7,7 @@ Checks what it is given, keeps the model on the device, and leaves a step to `sl
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -135,6 +135,10 @@ class TorchExecutor:
             raise InputError(f"pairs must be [n, 2] block ids below {self.kv_blocks}")
         with torch.inference_mode():
             model.copy_blocks([(int(source), int(target)) for source, target in pairs])
+
+    def replay_of(self, batch: StepBatch) -> Callable[[], None] | None:
+        """What replays the CUDA graph of such a step, for timing it on the device; None if there is none."""
+        return None if self._fast is None else self._fast.replay_of(batch)
 
     def close(self) -> None:
         """Release the device's memory; idempotent."""

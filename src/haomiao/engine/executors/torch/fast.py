@@ -9,6 +9,7 @@ everything is launched. Knows stages and buffers; kernels behind `launch`.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +137,11 @@ class FastRunner:
                         self._run(point, made)
             self._wait()
 
+    def replay_of(self, batch: StepBatch) -> Callable[[], None] | None:
+        """What replays the graph of such a step once more, with the inputs of its last; None before it is captured."""
+        made = self._launch_for(batch)
+        return None if made.graph is None else made.graph.replay
+
     @property
     def contexts(self) -> tuple[int, ...]:
         """The contexts that graphs are made for."""
@@ -163,7 +169,8 @@ class FastRunner:
     def _capture(self, point: str, made: _Launch) -> None:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # other threads may allocate meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._eager(POINTS[point], made)
         self._pool = self._pool or graph.pool()
         made.graph = graph

@@ -6,6 +6,7 @@ The block sizes are guesses that have not met a GPU; `python -m benchmarks.gpu t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -25,15 +26,21 @@ PART = 4096
 class Blocks:
     """Sizes of blocks, changed by `benchmarks.gpu tune` only."""
 
-    gemv_rows: int = 4
-    gemv_bytes: int = 1024
-    """Bytes of a row of weights that `gemv` reads at a turn."""
-    gemv_warps: int = 4
+    gemv_bytes: int = 32
+    """Bytes of weights that a thread of `gemv` asks for at a turn, about."""
+    gemv_most: int = 16
+    """Rows of a block of `gemv` at most."""
+    gemv_columns: int = 1024
+    """Columns of a warp of `gemv`."""
+    gemv_resident: int = 16
+    """Warps of `gemv` on a multiprocessor."""
     gemm_rows: int = 64
     gemm_warps: int = 4
     gemm_stages: int = 4
     keys: int = 64
     attend_warps: int = 4
+    dependent: bool = True
+    """Kernels of a step may begin before the one before them ends, to load weights (programmatic dependent launch)."""
 
 
 BLOCKS = Blocks()
@@ -98,17 +105,42 @@ def gemv(
 ) -> None:
     """One token: out f32 [1, rows] from x f32 [1, cols] (or [1, 2 cols] for a gate)."""
     encoding = encoding_of(matrix, planes)
-    a_byte = 2 if encoding >= 3 else 1  # columns
-    width = {0: 4, 1: 2}.get(encoding, 1)
-    turn = min(BLOCKS.gemv_bytes * a_byte // width, power(matrix.padded, 64))
     source = 1 if before.norm is not None else 2 if before.glu is not None else 0
-    linear.gemv[(up(matrix.rows, BLOCKS.gemv_rows),)](
-        out, x, x if before.norm is None else before.norm, *_parts(matrix), out if after.bias is None else after.bias,
+    words = [part.view(torch.int32) if part.dtype == torch.uint8 else part for part in _parts(matrix)]
+    rows, columns, warps = gemv_block(matrix, encoding)
+    programs = min(up(matrix.rows, rows), multiprocessors(out.device) * max(1, BLOCKS.gemv_resident // warps))
+    linear.gemv[(programs,)](
+        out, x, x if before.norm is None else before.norm, *words, out if after.bias is None else after.bias,
         matrix.cols, matrix.padded, matrix.rows, before.eps, after.scale, after.softcap,
         ENCODING=encoding, GROUP=matrix.group or 1, LO_SHIFT=matrix.lo_shift, SOURCE=source,
         ACT=ACTIVATIONS[before.glu or "silu"], ROUND=rounding_of(matrix, point), BIAS=after.bias is not None,
-        ADD=after.add, CAP=after.softcap != 0, BN=BLOCKS.gemv_rows, BK=turn, num_warps=BLOCKS.gemv_warps,
+        ADD=after.add, CAP=after.softcap != 0, BN=rows, BK=columns, num_warps=warps, **dependence(out.device),
     )  # fmt: skip
+
+
+BITS = (32, 16, 8, 4, 8)
+"""Of a weight, by encoding."""
+
+
+def gemv_block(matrix: DeviceMatrix, encoding: int) -> tuple[int, int, int]:
+    """Rows and columns of a block of `gemv`, and its warps. A block holds whole rows."""
+    columns = power(matrix.padded, 64)
+    warps = min(max(columns // BLOCKS.gemv_columns, 1), 16)
+    a_row = columns * BITS[encoding] // 8 // (32 * warps)
+    return min(max(BLOCKS.gemv_bytes // max(a_row, 1), 1), BLOCKS.gemv_most), columns, warps
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; of the interpreter few, so that programs go through several blocks."""
+    return 1 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def dependence(device: torch.device) -> dict[str, bool]:
+    """How a kernel is launched that waits by itself for the one before it; Hopper and later."""
+    if not BLOCKS.dependent or device.type == "cpu" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"DEPENDENT": False}
+    return {"DEPENDENT": True, "launch_pdl": True}
 
 
 def matmul(out: Tensor, x: Tensor, matrix: DeviceMatrix, point: Point, planes: Planes, after: After) -> None:

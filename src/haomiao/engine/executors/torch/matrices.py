@@ -2,8 +2,10 @@
 
     f32, bf16   values [rows, cols]
     int8        codes int8 [rows, padded], scales f16 [rows, groups]: w = scale * code
-    planes      hi, lo uint8 [rows, padded / 2], scales f16 [rows, groups]; byte 16 b + j of a row holds column
-                32 b + j in its low nibble and column 32 b + 16 + j in its high one, each code + 8
+    planes      hi, lo uint8 [rows, padded / 2], scales f16 [rows, groups]; byte 16 b + 4 k + j of a row (j, k = 0..3)
+                holds column 32 b + 8 j + k in its low nibble and column 32 b + 8 j + 4 + k in its high one, each
+                code + 8: nibble n of word k of a block is column 4 n + k, so that the activations that four words
+                meet lie next to each other
 
 Made from kernel layout (docs/ARCHITECTURE.md, section 4) on the device itself, some tiles at a time. Knows bytes, not
 arithmetic.
@@ -117,12 +119,10 @@ def _rearranged(packed: PackedTensor, tiles: Tensor, is_lo: bool) -> Tensor:
         quads = body.reshape(count, groups, packed.group // 4, TILE_ROWS, 4)
         return (quads.permute(0, 3, 1, 2, 4).reshape(-1, padded) ^ 128).view(torch.int8)
     runs = body.reshape(count, padded // 32, 4, 2, 16, 4)  # tile, block, j, r, i, k
-    halves = torch.stack([runs & 15, runs >> 4], dim=5)  # columns 8j + k, 8j + 4 + k
-    blocks = halves.permute(0, 3, 4, 1, 2, 5, 6).reshape(-1, padded // 32, 32)
-    return (blocks[..., :16] | (blocks[..., 16:] << 4)).reshape(-1, padded // 2)
+    return runs.permute(0, 3, 4, 1, 5, 2).reshape(-1, padded // 2)  # rows, blocks, k, j: a byte stays as it is
 
 
 def _codes(plane: Tensor) -> Tensor:
     """Nibbles uint8 [rows, padded / 2] -> codes int16 [rows, padded]."""
-    blocks = plane.view(plane.shape[0], -1, 16)
-    return torch.cat([blocks & 15, blocks >> 4], dim=2).view(plane.shape[0], -1).to(torch.int16) - 8
+    words = plane.view(plane.shape[0], -1, 4, 4).transpose(2, 3)  # rows, blocks, j, k
+    return torch.stack([words & 15, words >> 4], dim=3).reshape(plane.shape[0], -1).to(torch.int16) - 8

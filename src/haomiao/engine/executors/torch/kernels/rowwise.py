@@ -5,26 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from haomiao.engine.executors.torch.kernels.linear import activated, nibble_codes
-
-
-@triton.jit
-def table_row(
-    hi, lo, scales, row, cols, K, padded, ENCODING: tl.constexpr, GROUP: tl.constexpr, LO_SHIFT: tl.constexpr
-):
-    """Row `row` of a table, f32, all stored planes read."""
-    inside = cols < K
-    if ENCODING >= 3:
-        offset = row * (padded // 2) + (cols // 32) * 16 + cols % 16
-        p, q = nibble_codes(hi, lo, offset, inside, ENCODING, LO_SHIFT)
-        value = tl.where(cols % 32 < 16, p, q)
-        if ENCODING == 4:
-            value = value * (1.0 / (1 << LO_SHIFT))
-    else:
-        value = tl.load(hi + row * padded + cols, mask=inside, other=0.0).to(tl.float32)
-    if ENCODING >= 2:
-        value = value * tl.load(scales + row * (padded // GROUP) + cols // GROUP, mask=inside, other=0.0).to(tl.float32)
-    return value
+from haomiao.engine.executors.torch.kernels.linear import activated, table_row
 
 
 @triton.jit
@@ -47,7 +28,7 @@ def embed(
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(indices + token).to(tl.int64)
-    value = table_row(hi, lo, scales, row, cols, K, padded, ENCODING, GROUP, LO_SHIFT) * factor
+    value = table_row(hi, lo, scales, row, cols, cols < K, padded, ENCODING, GROUP, LO_SHIFT) * factor
     where = out + token * K + cols
     if ADD:
         value = value + tl.load(where, mask=cols < K, other=0.0)
