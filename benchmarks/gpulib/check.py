@@ -90,9 +90,9 @@ def run_group(name: str, device: torch.device, say: Callable[[str], None]) -> bo
         except Exception as failure:  # a kernel that does not compile must not hide the others
             lines = str(failure).splitlines() or [""]
             error, reason = float("nan"), f"{type(failure).__name__}: {lines[0]}"[:300]
-        row = {"name": words, "error": error, "bound": bound, "ok": error <= bound}
+        row: dict[str, Any] = {"name": words, "error": error, "bound": bound, "ok": error <= bound}
         row |= {"s": round(time.monotonic() - began, 2)} | ({"reason": reason} if reason else {})
-        good = good and row["ok"]
+        good = good and bool(row["ok"])
         say(json.dumps(row))
     return good
 
@@ -276,7 +276,7 @@ def launches(device: torch.device, storage: str, point: str, kv: KvType) -> floa
         batch.greedy = np.ones(len(spans), np.bool_)
         for _ in range(3):
             executor.step(batch)
-        seen = host_calls(lambda batch=batch: executor.step(batch))
+        seen = host_calls(partial(executor.step, batch))
         graph = sum(count for name, count in seen.items() if "GraphLaunch" in name)
         if not seen:
             raise RuntimeError("the profiler saw nothing")

@@ -29,7 +29,8 @@ def matrices() -> Iterator[tuple[str, int, int, str]]:
     for shape in ("0.5b", "8b", "1b"):
         plan = plan_for(shapes.CONFIGS[shape])
         outputs = {op.out: op for op in plan.ops if isinstance(op, Norm | Glu)}
-        wanted: list[Linear | Head] = [op for op in plan.ops if isinstance(op, Linear)][:4]
+        wanted: list[Linear | Head] = []
+        wanted += [op for op in plan.ops if isinstance(op, Linear)][:4]
         wanted += [op for op in plan.ops if isinstance(op, Head)]
         for op in wanted:
             spec, before = plan.weights[op.weight], outputs.get(op.source)
@@ -40,11 +41,13 @@ def matrices() -> Iterator[tuple[str, int, int, str]]:
 def candidates(tokens: int) -> Iterator[dict[str, int | bool]]:
     """Sizes of blocks to try, the likeliest first."""
     if tokens == 1:
-        for bytes_, columns, resident in itertools.product((32, 64, 128), (1024, 512, 2048), (16, 32)):
+        for bytes_, columns, resident in itertools.product((32, 64, 128), (1024, 512, 2048), (24, 12, 48)):
             yield {"gemv_bytes": bytes_, "gemv_columns": columns, "gemv_resident": resident}
     else:
-        for rows, warps, stages in ((64, 4, 4), (32, 4, 4), (16, 2, 4), (32, 2, 6), (64, 4, 6), (128, 8, 4)):
-            yield {"gemm_rows": rows, "gemm_warps": warps, "gemm_stages": stages}
+        for rows, warps, stages, groups in (
+            (32, 4, 3, 4), (64, 4, 3, 4), (16, 2, 3, 4), (32, 2, 4, 4), (32, 4, 3, 8), (64, 4, 4, 2), (64, 4, 4, 1),
+        ):  # fmt: skip
+            yield {"gemm_rows": rows, "gemm_warps": warps, "gemm_stages": stages, "gemm_groups": groups}
 
 
 def tune(device: torch.device, seconds: float, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

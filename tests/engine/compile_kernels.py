@@ -79,7 +79,8 @@ def matrix(encoding: Any, rows: int = 96, cols: int = 256) -> DeviceMatrix:
 
 def main() -> None:
     for module, name in (
-        *((launch.linear, name) for name in ("gemv", "gemm", "dequantize")),
+        *((launch.linear, name) for name in ("gemm", "dequantize")),
+        (launch.vector, "gemv"),
         *((launch.rowwise, name) for name in ("embed", "norm", "gate", "add", "greatest_parts", "greatest")),
         *((launch.attention, name) for name in ("store", "attend", "merge")),
         *((drawing.kernels, name) for name in ("chunks", "candidates", "order", "tokens")),

@@ -19,6 +19,7 @@ if os.environ["TRITON_INTERPRET"] != "1":
     pytest.skip("TRITON_INTERPRET=0: kernels are compiled, benchmarks.gpu checks them", allow_module_level=True)
 
 from haomiao.engine.executors.torch import fast, launch, twins  # noqa: E402
+from haomiao.engine.executors.torch import inputs as step_inputs  # noqa: E402
 from haomiao.engine.executors.torch.executor import TorchExecutor  # noqa: E402
 from haomiao.engine.executors.torch.launch import Queries  # noqa: E402
 from haomiao.engine.executors.torch.lowering import AttentionStage, MatrixStage, lower  # noqa: E402
@@ -253,6 +254,7 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, since each costs the interpreter milliseconds; few buckets, so that five tokens are many."""
     monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_bytes=1 << 20, gemv_most=128, gemm_rows=128))
     monkeypatch.setattr(fast, "BUCKETS", (1, 2, 4))
+    monkeypatch.setattr(step_inputs, "LEAST_SPLIT", 256)
 
 
 @pytest.mark.parametrize(("name", "point", "kv_type", "bound"), STEPS)
@@ -340,9 +342,18 @@ def test_fast_kernels_need_the_interpreter_on_a_cpu(tmp_path: Path, monkeypatch:
             TorchExecutor(plan, artifact.tensors, artifact.vectors, points=("full",), fast=True)
 
 
+def test_splits_cover_every_context() -> None:
+    """No more than a merge can hold, none cut across a turn of keys, and one alone where one is enough."""
+    for context in (32, 64, 96, 1024, 1504, 4096, 131072):
+        size = step_inputs.decode_size(4, context)
+        assert size.splits <= step_inputs.MOST_SPLITS and size.split % launch.BLOCKS.keys == 0
+        assert (size.splits - 1) * size.split < context <= size.splits * size.split
+
+
 def test_everything_is_made_ready_ahead(tmp_path: Path, large_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every point, number of tokens and context once; what padding writes is read by nobody."""
     monkeypatch.setattr(fast, "BUCKETS", (1, 2))
+    monkeypatch.setattr(launch, "DEQUANTIZED_FROM", 5)
     case = next(case for case in CASES if case.name == "llama-gqa-tied")
     with make_artifact(case, tmp_path, "nested") as artifact:
         plan = plan_for({**artifact.meta["config"], "max_position_embeddings": 1500, "num_hidden_layers": 1})
@@ -351,7 +362,14 @@ def test_everything_is_made_ready_ahead(tmp_path: Path, large_blocks: None, monk
         )
         runner = executor._fast
         assert runner is not None and runner.contexts == (1024, 1504)
+        assert [size.tokens for size in runner._long_sizes()] == [3, 5]
+        launched: list[int] = []
+        eager = runner._eager
+        monkeypatch.setattr(
+            runner, "_eager", lambda point, made: (launched.append(made.size.tokens), eager(point, made))
+        )
         runner.prepare((1, 2), (1,))
+        assert launched.count(3) == launched.count(5) == 2
         kinds = itertools.product(("int4", "int8"), (1, 2), (1024,), (False, True))  # the last: rows are drawn
         assert sorted(runner._launches) == sorted(kinds)
         (layer,) = executor._open().memory

@@ -59,7 +59,7 @@ class FastRunner:
         self.model, self.points = model, points
         self.stages = lower(model.plan)
         self._cuda = model.device.type == "cuda"
-        most = max(max_step_tokens, BUCKETS[-1])
+        self._most = most = max(max_step_tokens, BUCKETS[-1])
         with torch.inference_mode():
             self._buffers = {
                 name: torch.zeros(most, width, device=model.device) for name, width in model.plan.buffers.items()
@@ -130,12 +130,25 @@ class FastRunner:
             for point, bucket, drawn in itertools.product(self.points, tokens, (False, True)):
                 for context in reaches:
                     made = self._kept(point, bucket, context, drawn)
-                    made.host_words.zero_()  # no token attends, and all write where nobody reads
-                    slots = made.host_words[2 * bucket : 3 * bucket]
-                    slots.fill_(self.model.kv_blocks * KV_BLOCK_TOKENS)
+                    self._empty(made)
                     for _ in range(2):
                         self._run(point, made)
+            for point, size in itertools.product(self.points, self._long_sizes()):
+                made = self._made(size)
+                self._empty(made)
+                self._eager(POINTS[point], made)
             self._wait()
+
+    def _empty(self, made: _Launch) -> None:
+        """Inputs of a step in which no token attends, and all write where nobody reads."""
+        t = made.size.tokens
+        made.host_words.zero_()
+        made.host_words[2 * t : 3 * t].fill_(self.model.kv_blocks * KV_BLOCK_TOKENS)
+
+    def _long_sizes(self) -> list[StepSize]:
+        """Steps that no graph is made for, one for each way of computing them: their kernels are compiled ahead too."""
+        lengths = {BUCKETS[-1] + 1, max(launch.DEQUANTIZED_FROM, BUCKETS[-1] + 1)}
+        return [step_inputs.long_size(n) for n in sorted(lengths) if n <= self._most]
 
     def replay_of(self, batch: StepBatch) -> Callable[[], None] | None:
         """What replays the graph of such a step once more, with the inputs of its last; None before it is captured."""

@@ -20,8 +20,8 @@ from haomiao.engine.executors.torch.matrices import Tensor
 from haomiao.engine.executors.torch.twins import Draws
 from haomiao.types import I32, KV_BLOCK_TOKENS, RowDraws, StepBatch
 
-SPLIT = 256
-"""Positions of one program of a decode step's attention."""
+LEAST_SPLIT, MOST_SPLITS = 64, 32
+"""A program of a decode step's attention has at least so many positions; more where else there were too many parts."""
 PREFILL_QUERIES = 16
 """Tokens of one sequence that attend together in a step of many."""
 
@@ -38,6 +38,8 @@ class StepSize:
     table_width: int
     queries: int
     """Tokens of a block of queries."""
+    split: int
+    """Positions of one program, 0: all."""
     splits: int
     drawn: bool = False
     """Rows are drawn."""
@@ -61,8 +63,16 @@ class StepSize:
 def decode_size(tokens: int, context: int, drawn: bool = False) -> StepSize:
     """A step in which every token is worked off by itself: decoding, or a few drafted tokens. The splits cover
     `context` positions."""
-    width = -(-context // KV_BLOCK_TOKENS)
-    return StepSize(tokens, tokens, tokens, tokens, width, 1, -(-context // SPLIT), drawn)
+    width, split = -(-context // KV_BLOCK_TOKENS), LEAST_SPLIT
+    while split * MOST_SPLITS < context:
+        split *= 2
+    return StepSize(tokens, tokens, tokens, tokens, width, 1, split, -(-context // split), drawn)
+
+
+def long_size(tokens: int) -> StepSize:
+    """A prompt of that many tokens, one row of which is wanted, and drawn."""
+    width, blocks = -(-tokens // KV_BLOCK_TOKENS), -(-tokens // PREFILL_QUERIES)
+    return StepSize(tokens, 1, blocks, 1, width, PREFILL_QUERIES, 0, 1, drawn=True)
 
 
 def prefill_size(batch: StepBatch) -> StepSize:
@@ -70,10 +80,9 @@ def prefill_size(batch: StepBatch) -> StepSize:
     lengths = np.diff(batch.span_starts)
     blocks = int((-(-lengths // PREFILL_QUERIES)).sum())
     width = max(1, int((-(-(batch.past + lengths) // KV_BLOCK_TOKENS)).max()))
-    return StepSize(
-        batch.tokens, int(batch.logit_rows.size), blocks, int(lengths.size), width, PREFILL_QUERIES, 1,
-        batch.draws is not None,
-    )  # fmt: skip
+    drawn = batch.draws is not None
+    rows = int(batch.logit_rows.size)
+    return StepSize(batch.tokens, rows, blocks, int(lengths.size), width, PREFILL_QUERIES, 0, 1, drawn)
 
 
 def fill(words: I32, size: StepSize, batch: StepBatch, padding_block: int) -> None:
@@ -142,7 +151,7 @@ def views(words: Tensor, size: StepSize) -> StepInputs:
     tokens, positions, slots, owners, rows, starts, counts, tables = torch.split(words[: size.fixed], sizes)
     queries = Queries(
         positions, tables.view(size.sequences, size.table_width), owners, starts, counts,
-        size.queries, SPLIT, size.splits,
+        size.queries, size.split, size.splits,
     )  # fmt: skip
     return StepInputs(tokens, positions, slots, rows, queries, _draws(words[size.draws_at :], size))
 

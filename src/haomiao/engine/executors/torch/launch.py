@@ -1,6 +1,6 @@
 """Launches of the kernels on tensors: grids, sizes of blocks, flags. Knows no plan and no step.
 
-The block sizes are guesses that have not met a GPU; `python -m benchmarks.gpu tune` times others.
+The block sizes are reckoned and have not met a GPU; `python -m benchmarks.gpu tune` times others.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from haomiao.engine.executors.torch.kernels import attention, linear, rowwise
+from haomiao.engine.executors.torch.kernels import attention, linear, rowwise, vector
 from haomiao.engine.executors.torch.matrices import DeviceMatrix, Tensor
 from haomiao.engine.executors.torch.memory import LayerMemory
 from haomiao.models.plan import Activation
@@ -32,11 +32,13 @@ class Blocks:
     """Rows of a block of `gemv` at most."""
     gemv_columns: int = 1024
     """Columns of a warp of `gemv`."""
-    gemv_resident: int = 16
-    """Warps of `gemv` on a multiprocessor."""
-    gemm_rows: int = 64
+    gemv_resident: int = 24
+    """Warps of `gemv` on a multiprocessor; two thirds of it where weights are not bf16 and take more registers."""
+    gemm_rows: int = 32
     gemm_warps: int = 4
-    gemm_stages: int = 4
+    gemm_stages: int = 3
+    gemm_groups: int = 4
+    """Groups of 32 columns that `gemm` reads at a turn, for up to 32 tokens."""
     keys: int = 64
     attend_warps: int = 4
     dependent: bool = True
@@ -108,8 +110,9 @@ def gemv(
     source = 1 if before.norm is not None else 2 if before.glu is not None else 0
     words = [part.view(torch.int32) if part.dtype == torch.uint8 else part for part in _parts(matrix)]
     rows, columns, warps = gemv_block(matrix, encoding)
-    programs = min(up(matrix.rows, rows), multiprocessors(out.device) * max(1, BLOCKS.gemv_resident // warps))
-    linear.gemv[(programs,)](
+    resident = BLOCKS.gemv_resident if encoding == 1 else BLOCKS.gemv_resident * 2 // 3
+    programs = min(up(matrix.rows, rows), multiprocessors(out.device) * max(1, resident // warps))
+    vector.gemv[(programs,)](
         out, x, x if before.norm is None else before.norm, *words, out if after.bias is None else after.bias,
         matrix.cols, matrix.padded, matrix.rows, before.eps, after.scale, after.softcap,
         ENCODING=encoding, GROUP=matrix.group or 1, LO_SHIFT=matrix.lo_shift, SOURCE=source,
@@ -131,16 +134,20 @@ def gemv_block(matrix: DeviceMatrix, encoding: int) -> tuple[int, int, int]:
 
 
 @cache
+def waits(device: torch.device) -> bool:
+    """Whether kernels can be launched before the one before them ended: Hopper and later."""
+    return device.type == "cuda" and bool(torch.cuda.get_device_capability(device) >= (9, 0))
+
+
+@cache
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; of the interpreter few, so that programs go through several blocks."""
     return 1 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def dependence(device: torch.device) -> dict[str, bool]:
-    """How a kernel is launched that waits by itself for the one before it; Hopper and later."""
-    if not BLOCKS.dependent or device.type == "cpu" or torch.cuda.get_device_capability(device) < (9, 0):
-        return {"DEPENDENT": False}
-    return {"DEPENDENT": True, "launch_pdl": True}
+    """How a kernel is launched that waits by itself for the one before it."""
+    return {"DEPENDENT": True, "launch_pdl": True} if BLOCKS.dependent and waits(device) else {"DEPENDENT": False}
 
 
 def matmul(out: Tensor, x: Tensor, matrix: DeviceMatrix, point: Point, planes: Planes, after: After) -> None:
@@ -162,7 +169,9 @@ def _gemm(out: Tensor, x: Tensor, matrix: DeviceMatrix, encoding: int, rounding:
         tokens, matrix.cols, matrix.padded, matrix.rows, after.scale, after.softcap,
         ENCODING=encoding, GROUP=matrix.group, LO_SHIFT=matrix.lo_shift, ROUND=rounding,
         BIAS=after.bias is not None, ADD=after.add, CAP=after.softcap != 0,
-        BM=rows, BN=BLOCKS.gemm_rows, num_warps=BLOCKS.gemm_warps, num_stages=BLOCKS.gemm_stages,
+        BM=rows, BN=BLOCKS.gemm_rows, GROUPS=BLOCKS.gemm_groups if rows < 64 else 1,
+        num_warps=BLOCKS.gemm_warps, num_stages=BLOCKS.gemm_stages,
+        **dependence(out.device),
     )  # fmt: skip
 
 
@@ -212,13 +221,14 @@ def norm(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
     rowwise.norm[(x.shape[0],)](
         out, x, weight, weight if bias is None else bias, x.shape[1], eps,
         LAYER=layer, BIAS=bias is not None, BLOCK=power(x.shape[1]), num_warps=4 if x.shape[1] <= 4096 else 8,
+        **dependence(out.device),
     )  # fmt: skip
 
 
 def gate(out: Tensor, x: Tensor, activation: Activation, *, pairs: bool) -> None:
     """out = act(gate) * up, interleaved by 32, or out = act(x)."""
     rowwise.gate[(x.shape[0], up(out.shape[1], 1024))](
-        out, x, out.shape[1], ACT=ACTIVATIONS[activation], PAIRS=pairs, BLOCK=1024
+        out, x, out.shape[1], ACT=ACTIVATIONS[activation], PAIRS=pairs, BLOCK=1024, **dependence(out.device)
     )
 
 
@@ -233,8 +243,8 @@ def greatest(out: Tensor, logits: Tensor) -> None:
     parts = up(vocab, PART)
     peaks = torch.empty(rows, parts, device=logits.device)
     places = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
-    rowwise.greatest_parts[(rows, parts)](peaks, places, logits, vocab, parts, BLOCK=PART)
-    rowwise.greatest[(rows,)](out, peaks, places, vocab, parts, BLOCK=power(parts))
+    rowwise.greatest_parts[(rows, parts)](peaks, places, logits, vocab, parts, BLOCK=PART, **dependence(out.device))
+    rowwise.greatest[(rows,)](out, peaks, places, vocab, parts, BLOCK=power(parts), **dependence(out.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +278,7 @@ def store(q: Tensor, qkv: Tensor, memory: LayerMemory, positions: Tensor, slots:
         HEADS=shape.heads, KV_HEADS=shape.kv_heads, HEAD_DIM=shape.head_dim, D=power(shape.head_dim, 16),
         Q_HALF=q_rope[0].shape[1] if shape.q_rope else 0, K_HALF=k_rope[0].shape[1] if shape.k_rope else 0,
         Q_NORM=shape.q_norm is not None, K_NORM=shape.k_norm is not None, KV=KV_KINDS[memory.k.dtype], num_warps=1,
+        **dependence(q.device),
     )  # fmt: skip
 
 
@@ -295,17 +306,27 @@ def attend(out: Tensor, q: Tensor, memory: LayerMemory, queries: Queries, shape:
         sums = torch.empty(rows, shape.head_dim, device=out.device)
         peaks = torch.empty(rows, 2, device=out.device)
     width, kind = power(shape.head_dim, 16), KV_KINDS[memory.k.dtype]
+    most = power(queries.most * (shape.heads // shape.kv_heads), 16)
     attention.attend[(queries.starts.shape[0], shape.kv_heads, queries.splits)](
         out, sums, peaks, q, memory.k, memory.v, memory.k if memory.k_scales is None else memory.k_scales,
         memory.v if memory.v_scales is None else memory.v_scales, queries.positions, queries.tables, queries.owners,
         queries.starts, queries.counts, queries.tables.shape[1], queries.splits,
         shape.scale, shape.window, shape.softcap,
         HEADS=shape.heads, KV_HEADS=shape.kv_heads, HEAD_DIM=shape.head_dim, D=width,
-        ROWS=power(queries.most * (shape.heads // shape.kv_heads), 16), KEYS=32 if kind == 0 else BLOCKS.keys,
+        ROWS=most, KEYS=32 if kind == 0 else BLOCKS.keys,
         SPLIT=split, WINDOW=shape.window > 0, CAP=shape.softcap != 0, KV=kind,
-        num_warps=8 if kind == 0 else BLOCKS.attend_warps,  # f32 has no tensor cores: fewer numbers a thread
+        # many rows, or f32, which has no tensor cores: fewer numbers a thread
+        num_warps=8 if kind == 0 or most * width >= 8192 else BLOCKS.attend_warps,
+        **dependence(out.device),
     )  # fmt: skip
     if split:
         attention.merge[(out.shape[0], shape.heads)](
-            out, sums, peaks, queries.splits, HEAD_DIM=shape.head_dim, D=width, SPLITS=power(queries.splits)
+            out,
+            sums,
+            peaks,
+            queries.splits,
+            HEAD_DIM=shape.head_dim,
+            D=width,
+            SPLITS=power(queries.splits),
+            **dependence(out.device),
         )

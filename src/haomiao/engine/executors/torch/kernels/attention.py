@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from haomiao.engine.executors.torch.kernels.linear import bf16, dot16, rounded
+from haomiao.engine.executors.torch.kernels.linear import bf16, dot16, rounded, started
 
 BLOCK_TOKENS = tl.constexpr(32)
 
@@ -54,9 +54,11 @@ def store(
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
     KV: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Norm and rotate q and k of a head; q goes to `q_out`, k and v into the blocks.
     Grid [tokens, HEADS + 2 KV_HEADS]."""
+    started(DEPENDENT)
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + token).to(tl.int64)
     d = tl.arange(0, D)
@@ -131,7 +133,7 @@ def product(a, b, KV: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "splits"])
 def attend(
     out,  # f32 [tokens, HEADS * HEAD_DIM]
     sums,  # f32 [tokens, HEADS, splits, HEAD_DIM]
@@ -161,8 +163,10 @@ def attend(
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     KV: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid [blocks of queries, KV_HEADS, splits]."""
+    started(DEPENDENT)
     block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     count = tl.load(counts + block)
     PER: tl.constexpr = HEADS // KV_HEADS
@@ -227,9 +231,12 @@ def attend(
             tl.store(out + place * HEAD_DIM + d[None, :], acc / total[:, None], mask=wanted)
 
 
-@triton.jit
-def merge(out, sums, peaks, splits, HEAD_DIM: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
+@triton.jit(do_not_specialize=["splits"])
+def merge(
+    out, sums, peaks, splits, HEAD_DIM: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, DEPENDENT: tl.constexpr
+):
     """Splits of a row become its answer. Grid [tokens, HEADS]; SPLITS is a power of two of at least `splits`."""
+    started(DEPENDENT)
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, D)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from haomiao.engine.executors.torch.kernels.linear import activated, table_row
+from haomiao.engine.executors.torch.kernels.linear import activated, started, table_row
 
 
 @triton.jit
@@ -46,8 +46,10 @@ def norm(
     LAYER: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """RMS or layer norm of a row. Grid [tokens]; BLOCK covers the row."""
+    started(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < K
@@ -62,9 +64,10 @@ def norm(
 
 
 @triton.jit
-def gate(out, x, K, ACT: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+def gate(out, x, K, ACT: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """PAIRS: out [tokens, K] = act(gate) * up of x [tokens, 2 K], interleaved by 32; else out = act(x).
     Grid [tokens, K / BLOCK]."""
+    started(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < K
@@ -93,9 +96,10 @@ def greatest_of(value, index, beyond):
 
 
 @triton.jit
-def greatest_parts(peaks, places, logits, V, PARTS, BLOCK: tl.constexpr):
+def greatest_parts(peaks, places, logits, V, PARTS, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """The greatest of each part of a row of logits and its lowest index; a NaN is never the greatest.
     Grid [rows, PARTS]."""
+    started(DEPENDENT)
     row, part = tl.program_id(0), tl.program_id(1)
     cols = part * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(logits + row.to(tl.int64) * V + cols, mask=cols < V, other=float("-inf"))
@@ -106,8 +110,9 @@ def greatest_parts(peaks, places, logits, V, PARTS, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def greatest(out, peaks, places, V, PARTS, BLOCK: tl.constexpr):
+def greatest(out, peaks, places, V, PARTS, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """The lowest index among the greatest of a row. Grid [rows]; BLOCK covers PARTS."""
+    started(DEPENDENT)
     row = tl.program_id(0)
     parts = tl.arange(0, BLOCK)
     value = tl.load(peaks + row * PARTS + parts, mask=parts < PARTS, other=float("-inf"))

@@ -1,0 +1,268 @@
+"""A matrix times one token (`gemv`), which is what decoding alone consists of.
+
+Whole rows of weights stream through registers in the order in which they lie, 16 bytes a thread; codes become numbers
+without a conversion (`bits`) and meet their scale once per group of 32. ENCODING and ROUND as in `linear`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from haomiao.engine.executors.torch.kernels.linear import (
+    INTERPRETED,
+    activated,
+    bf16,
+    factors,
+    magnitude,
+    rounded,
+    started,
+)
+
+
+@triton.jit
+def source_at(x, cols, K, SOURCE: tl.constexpr, ACT: tl.constexpr):
+    """f32 activations of columns: as they lie (0, 1), or act(gate) * up of neurons interleaved by 32 (2)."""
+    inside = cols < K
+    if SOURCE == 2:
+        gate = x + (cols // 32) * 64 + cols % 32
+        g = tl.load(gate, mask=inside, other=0.0)
+        u = tl.load(gate + 32, mask=inside, other=0.0)
+        value = activated(g, ACT) * u
+    else:
+        value = tl.load(x + cols, mask=inside, other=0.0)
+    return value
+
+
+@triton.jit
+def finished(y, rows, N, bias, out, BIAS: tl.constexpr, ADD: tl.constexpr, out_scale, softcap, CAP: tl.constexpr):
+    """Bias, residual, scale and softcap of sums y."""
+    inside = rows < N
+    if BIAS:
+        y = y + tl.load(bias + rows, mask=inside, other=0.0)
+    y = y * out_scale
+    if CAP:
+        y = softcap * (1.0 - 2.0 / (tl.exp(2.0 * y / softcap) + 1.0))
+    if ADD:
+        y = y + tl.load(out + rows, mask=inside, other=0.0)
+    return y
+
+
+@triton.jit
+def weights_at(hi, lo, scales, rows, N, padded, ENCODING: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr):
+    """Whole rows of weights as they lie: hi, lo (hi where it is not read) and scales (hi where there are none). Planes
+    are words [rows, BK / 32, 4], so that a thread loads 16 bytes and adds up a group by itself."""
+    row = rows.to(tl.int64)
+    inside = rows < N
+    if ENCODING >= 2:
+        WIDTH: tl.constexpr = 4 if ENCODING >= 3 else 32
+        group = tl.arange(0, BK // 32)
+        there = inside[:, None] & (group < padded // 32)[None, :]
+        # written so that the compiler sees that a row begins at a multiple of WIDTH
+        first = (row * (padded // 32 * WIDTH))[:, None] + (group * WIDTH)[None, :]
+        where = first[:, :, None] + tl.arange(0, WIDTH)[None, None, :]
+        w = tl.load(hi + where, mask=there[:, :, None], other=0, eviction_policy="evict_first")
+        v = w
+        if ENCODING == 4:
+            v = tl.load(lo + where, mask=there[:, :, None], other=0, eviction_policy="evict_first")
+        of_scales = (row * (padded // GROUP))[:, None] + (group * 32 // GROUP)[None, :]
+        ws = tl.load(scales + of_scales, mask=there, other=0.0)
+    else:
+        cols = tl.arange(0, BK)
+        where = (row * padded)[:, None] + cols[None, :]
+        there = inside[:, None] & (cols < padded)[None, :]
+        w = tl.load(hi + where, mask=there, other=0.0, eviction_policy="evict_first")
+        v = w
+        ws = w
+    return w, v, ws
+
+
+@triton.jit
+def bits(words, AT: tl.constexpr, COUNT: tl.constexpr):
+    """Some bits of words times 2^AT, f32: they become the last bits of a number of the magnitude 2^23."""
+    mask: tl.constexpr = ((1 << COUNT) - 1) << AT
+    if INTERPRETED:
+        picked = (words & mask) | 0x4B000000
+    else:  # (words & mask) | magnitude in one instruction; left alone, the compiler makes two
+        picked = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;",
+            "=r,r,r,r",
+            [words, mask, 0x4B000000],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return picked.to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def words_times(w, v, a, b, c, d, e, f, g, h, ENCODING: tl.constexpr, LO_SHIFT: tl.constexpr):
+    """Sums of a word's eight codes, `middle` too great, times their activations, which `evened` made."""
+    if ENCODING == 3:
+        half = w >> 16
+        y = bits(w, 0, 4) * a + bits(w, 4, 4) * b + bits(w, 8, 4) * c + bits(w, 12, 4) * d
+        y += bits(w, 16, 4) * e + bits(half, 4, 4) * f + bits(half, 8, 4) * g + bits(half, 12, 4) * h
+    else:
+        even = ((w & 0x0F0F0F0F) << LO_SHIFT) + (v & 0x0F0F0F0F)  # codes fit into bytes
+        odd = (((w >> 4) & 0x0F0F0F0F) << LO_SHIFT) + ((v >> 4) & 0x0F0F0F0F)
+        y = bits(even, 0, 8) * a + bits(odd, 0, 8) * b + bits(even, 8, 8) * c + bits(odd, 8, 8) * d
+        even = even >> 16
+        odd = odd >> 16
+        y += bits(even, 0, 8) * e + bits(odd, 0, 8) * f + bits(even, 8, 8) * g + bits(odd, 8, 8) * h
+    return y
+
+
+@triton.jit
+def evened(a, b, c, d, e, f, g, h, ENCODING: tl.constexpr):
+    """Activations for `words_times`: less by the powers of two that it has too much."""
+    if ENCODING == 3:
+        b = b * 0.0625
+        c = c * 0.00390625
+        d = d * 0.000244140625
+        e = e * 0.0000152587890625
+        f = f * 0.0625
+        g = g * 0.00390625
+        h = h * 0.000244140625
+    else:
+        c = c * 0.00390625
+        d = d * 0.00390625
+        g = g * 0.00390625
+        h = h * 0.00390625
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def weighed(x, norm, cols, K, factor):
+    """Activations, normed."""
+    return x * factor * tl.load(norm + cols, mask=cols < K, other=0.0)
+
+
+@triton.jit
+def coded(x, inverse):
+    """Codes f32 of activations [groups, n]."""
+    return rounded(x * inverse[:, None])
+
+
+@triton.jit
+def middle(ENCODING: tl.constexpr, LO_SHIFT: tl.constexpr):
+    """What `words_times` adds to codes."""
+    return 8.0 if ENCODING == 3 else 8.0 * (1 << LO_SHIFT) + 8.0
+
+
+@triton.jit
+def gemv(
+    out,  # f32 [N]
+    x,  # f32 [K], or [2 K] for SOURCE 2
+    norm,  # f32 [K] for SOURCE 1
+    hi,  # planes: int32 [N, padded / 8]
+    lo,
+    scales,  # f16 [N, padded / GROUP]
+    bias,  # f32 [N]
+    K,
+    padded,  # columns as stored
+    N,
+    eps,
+    out_scale,
+    softcap,
+    ENCODING: tl.constexpr,
+    GROUP: tl.constexpr,
+    LO_SHIFT: tl.constexpr,
+    SOURCE: tl.constexpr,
+    ACT: tl.constexpr,
+    ROUND: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    CAP: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,  # a power of two that covers a row
+    DEPENDENT: tl.constexpr,
+):
+    """y = W x for one token, with the norm or the gate before it and the residual after it. A program keeps the
+    activations in registers and goes through blocks of BN rows, the next one's weights on their way while it computes
+    one. Grid [programs], at most N / BN."""
+    block = tl.program_id(0)
+    w, v, ws = weights_at(hi, lo, scales, block * BN + tl.arange(0, BN), N, padded, ENCODING, GROUP, BK)
+    started(DEPENDENT)
+    if ENCODING >= 3:
+        group = tl.arange(0, BK // 32)[:, None] * 32 + tl.arange(0, 4)[None, :]
+        a = source_at(x, group, K, SOURCE, ACT)
+        b = source_at(x, group + 4, K, SOURCE, ACT)
+        c = source_at(x, group + 8, K, SOURCE, ACT)
+        d = source_at(x, group + 12, K, SOURCE, ACT)
+        e = source_at(x, group + 16, K, SOURCE, ACT)
+        f = source_at(x, group + 20, K, SOURCE, ACT)
+        g = source_at(x, group + 24, K, SOURCE, ACT)
+        h = source_at(x, group + 28, K, SOURCE, ACT)
+        if SOURCE == 1:
+            total = tl.sum(a * a + b * b + c * c + d * d + e * e + f * f + g * g + h * h)
+            factor = tl.div_rn(1.0, tl.sqrt_rn(total / K + eps))
+            a = weighed(a, norm, group, K, factor)
+            b = weighed(b, norm, group + 4, K, factor)
+            c = weighed(c, norm, group + 8, K, factor)
+            d = weighed(d, norm, group + 12, K, factor)
+            e = weighed(e, norm, group + 16, K, factor)
+            f = weighed(f, norm, group + 20, K, factor)
+            g = weighed(g, norm, group + 24, K, factor)
+            h = weighed(h, norm, group + 28, K, factor)
+        if ROUND == 1:
+            a = bf16(a).to(tl.float32)
+            b = bf16(b).to(tl.float32)
+            c = bf16(c).to(tl.float32)
+            d = bf16(d).to(tl.float32)
+            e = bf16(e).to(tl.float32)
+            f = bf16(f).to(tl.float32)
+            g = bf16(g).to(tl.float32)
+            h = bf16(h).to(tl.float32)
+        if ROUND == 2:
+            low = tl.maximum(tl.maximum(magnitude(a), magnitude(b)), tl.maximum(magnitude(c), magnitude(d)))
+            high = tl.maximum(tl.maximum(magnitude(e), magnitude(f)), tl.maximum(magnitude(g), magnitude(h)))
+            scale, inverse = factors(tl.max(tl.maximum(low, high), axis=1))
+            a = coded(a, inverse)
+            b = coded(b, inverse)
+            c = coded(c, inverse)
+            d = coded(d, inverse)
+            e = coded(e, inverse)
+            f = coded(f, inverse)
+            g = coded(g, inverse)
+            h = coded(h, inverse)
+        excess = tl.sum((a + b + c + d) + (e + f + g + h), axis=1) * middle(ENCODING, LO_SHIFT)
+        a, b, c, d, e, f, g, h = evened(a, b, c, d, e, f, g, h, ENCODING)
+    else:
+        if ENCODING == 2:
+            cols = tl.arange(0, BK // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        else:
+            cols = tl.arange(0, BK)
+        a = source_at(x, cols, K, SOURCE, ACT)
+        if SOURCE == 1:
+            a = weighed(a, norm, cols, K, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(a * a) / K + eps)))
+        if ROUND == 1:
+            a = bf16(a).to(tl.float32)
+        if ROUND == 2:
+            scale, inverse = factors(tl.max(magnitude(a), axis=1))
+            a = coded(a, inverse)
+    for at in range(block, tl.cdiv(N, BN), tl.num_programs(0)):
+        rows = at * BN + tl.arange(0, BN)
+        after = rows + tl.num_programs(0) * BN
+        next_w, next_v, next_ws = weights_at(hi, lo, scales, after, N, padded, ENCODING, GROUP, BK)
+        if ENCODING >= 2:
+            if ENCODING == 2:
+                part = tl.sum(w.to(tl.float32) * a[None, :, :], axis=2)
+            else:
+                sums = words_times(
+                    w, v, a[None, :, :], b[None, :, :], c[None, :, :], d[None, :, :],
+                    e[None, :, :], f[None, :, :], g[None, :, :], h[None, :, :], ENCODING, LO_SHIFT,
+                )  # fmt: skip
+                part = tl.sum(sums, axis=2) - excess[None, :]
+            share = ws.to(tl.float32)
+            if ROUND == 2:
+                share = share * scale[None, :]
+            y = tl.sum(part * share, axis=1)
+            if ENCODING == 4:
+                y = y * (1.0 / (1 << LO_SHIFT))
+        else:
+            y = tl.sum(w.to(tl.float32) * a[None, :], axis=1)
+        y = finished(y, rows, N, bias, out, BIAS, ADD, out_scale, softcap, CAP)
+        tl.store(out + rows, y, mask=rows < N)
+        w = next_w
+        v = next_v
+        ws = next_ws
