@@ -60,8 +60,8 @@ def sampler_of(vocab_size: int = 61, **params: Any) -> Sampler:
 
 def test_what_needs_nothing_but_the_draw_says_how() -> None:
     sampler = sampler_of(temperature=0.7, top_k=40, top_p=0.9, min_p=0.1)
-    assert sampler.drawing(3, 50) == Drawing(0.7, 40, 0.9, 0.1, uniform(7, 50, 2))
-    assert sampler_of(temperature=1e-9, top_k=61).drawing(0, 1) == Drawing(1e-6, 0, 1.0, 0.0, uniform(7, 1, 2))
+    assert sampler.drawing(3, 50) == Drawing(0.7, 40, 0.9, 0.1, 7, 50, 2)
+    assert sampler_of(temperature=1e-9, top_k=61).drawing(0, 1) == Drawing(1e-6, 0, 1.0, 0.0, 7, 1, 2)
     for more in (
         {"temperature": 0.0}, {"logprobs": 0}, {"repetition_penalty": 1.1}, {"presence_penalty": 0.5},
         {"frequency_penalty": 0.5}, {"logit_bias": {3: 1.0}},
@@ -70,6 +70,9 @@ def test_what_needs_nothing_but_the_draw_says_how() -> None:
     withheld = sampler_of(temperature=1.0, min_tokens=5)
     assert withheld.drawing(4, 50) is None and withheld.drawing(5, 51) is not None
     assert row_draws([None, None]) is None and row_draws([]) is None
+    draws = row_draws([None, sampler.drawing(3, 50)])
+    assert draws is not None and draws.temperature.tolist() == [0.0, np.float32(0.7)]
+    assert draws.uniform[1] == uniform(7, 50, 2) and draws.top_p[1] == 0.9
 
 
 REQUESTS: tuple[dict[str, Any], ...] = (

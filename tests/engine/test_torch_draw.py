@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,12 +14,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: it 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from haomiao.engine import draw as host  # noqa: E402
-from haomiao.engine.draw import Drawing, row_draws  # noqa: E402
 from haomiao.engine.executors.torch import twins  # noqa: E402
 from haomiao.engine.executors.torch.executor import TorchExecutor  # noqa: E402
 from haomiao.engine.executors.torch.slow import draws_on  # noqa: E402
 from haomiao.errors import EngineError, InputError  # noqa: E402
-from haomiao.types import F32, I32, StepBatch  # noqa: E402
+from haomiao.types import F32, I32, RowDraws, StepBatch  # noqa: E402
 from tests.engine.fakes import PatternConstraint, ask, collected, done_of, make_engine, prompt_of  # noqa: E402
 from tests.engine.tiny import Shape, Span, blocks_for, make_batch, make_model, tokens_of  # noqa: E402
 
@@ -34,6 +33,26 @@ KINDS = (False, pytest.param(True, marks=kernels))
 CPU = torch.device("cpu")
 CLOSE = 1e-6
 """Exponentials differ in the last bits, and with them the edges between tokens."""
+
+
+class Drawing(NamedTuple):
+    """How a row is drawn."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    uniform: float
+
+
+def row_draws(drawings: list[Drawing | None]) -> RowDraws | None:
+    if not any(drawings):
+        return None
+    columns = np.array([drawing or (0,) * 5 for drawing in drawings]).T
+    temperature, top_k, top_p, min_p, uniform = columns
+    return RowDraws(
+        temperature.astype(np.float32), top_k.astype(np.int32), top_p.copy(), min_p.astype(np.float32), uniform.copy()
+    )
 
 
 def wanted(row: F32, drawing: Drawing) -> tuple[set[int], bool]:
@@ -186,7 +205,7 @@ def executor_of(fast: bool, monkeypatch: pytest.MonkeyPatch, *, vocab: int = 60)
         from haomiao.engine.executors.torch import fast as runner
         from haomiao.engine.executors.torch import launch
 
-        monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_rows=128, gemm_rows=128))
+        monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_bytes=1 << 20, gemv_most=128, gemm_rows=128))
         monkeypatch.setattr(runner, "BUCKETS", (1, 4))
     return TorchExecutor(
         model.plan,

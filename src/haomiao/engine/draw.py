@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from haomiao.engine.order import descending, largest
+from haomiao.engine.random import uniforms
 from haomiao.types import F32, RowDraws
 
 _FIRST_LOOK = 256
@@ -36,13 +37,15 @@ class Filters:
 
 
 class Drawing(NamedTuple):
-    """One row of `types.RowDraws`: what an executor needs to draw it by itself."""
+    """One row of `types.RowDraws`: what an executor needs to draw it by itself, and what the uniform number is of."""
 
     temperature: float
     top_k: int
     top_p: float
     min_p: float
-    uniform: float
+    seed: int
+    position: int
+    sample: int
 
 
 def row_draws(drawings: Sequence[Drawing | None]) -> RowDraws | None:
@@ -50,17 +53,17 @@ def row_draws(drawings: Sequence[Drawing | None]) -> RowDraws | None:
     if not any(drawings):
         return None
     columns = zip(*(drawing or _NOT_DRAWN for drawing in drawings), strict=True)
-    temperature, top_k, top_p, min_p, number = columns
+    temperature, top_k, top_p, min_p, *counter = columns
     return RowDraws(
         np.array(temperature, np.float32),
         np.array(top_k, np.int32),
         np.array(top_p, np.float64),
         np.array(min_p, np.float32),
-        np.array(number, np.float64),
+        uniforms(list(zip(*counter, strict=True))),
     )
 
 
-_NOT_DRAWN = Drawing(0.0, 0, 1.0, 0.0, 0.0)
+_NOT_DRAWN = Drawing(0.0, 0, 1.0, 0.0, 0, 0, 0)
 
 
 def draw(scaled: F32, filters: Filters, uniform: float) -> int:

@@ -88,8 +88,8 @@ class Sampler:
         if produced < params.min_tokens and self.end_ids:
             return None
         top_k = params.top_k if params.top_k < self.vocab_size else 0
-        number = uniform(self.seed, position, self.sample)
-        return Drawing(max(params.temperature, LEAST_TEMPERATURE), top_k, params.top_p, params.min_p, number)
+        temperature = max(params.temperature, LEAST_TEMPERATURE)
+        return Drawing(temperature, top_k, params.top_p, params.min_p, self.seed, position, self.sample)
 
     def choose(
         self, logits: F32, argmax: int, *, position: int, produced: int, mask: U32 | None = None, drawn: int = -1

@@ -18,7 +18,7 @@ LANES = 128
 MOST_CHUNKS = 2048
 """Chunks of a row: entry i belongs to chunk i modulo their number, so that the best, which are often neighbours, fall
 into different ones; then 270 of 128 thousand are as good as the 256th of the chunks' greatest."""
-DEPTH = 8
+DEPTH = 16
 """Entries of each chunk that are read at a turn."""
 CAPACITY = 512
 """Candidates that are put in order; a row with more of them (ties) is left open."""

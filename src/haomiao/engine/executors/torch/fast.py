@@ -91,13 +91,15 @@ class FastRunner:
                 made.copies = None if copied is None else torch.from_numpy(copied).to(self.model.device)
                 step_inputs.fill(made.host_words.numpy(), made.size, batch, self.model.kv_blocks)
                 self._eager(POINTS[batch.point], made)
-            logits = self._fetched(made.logits[:rows], _wanted(batch))
+            whole = _wanted(batch)
+            logits = self._fetched(made.logits[:rows], whole)
             hidden = None if batch.hidden_rows is None else self._hidden(batch.hidden_rows)
             self._wait()
             chosen = made.host_chosen.numpy()[:, :rows].copy()
             if batch.draws is None:
                 return logits, chosen[0], None, hidden
-            self._bring(np.flatnonzero((batch.draws.temperature > 0) & (chosen[1] < 0)), made.logits, logits)
+            if not whole:
+                self._bring(np.flatnonzero((batch.draws.temperature > 0) & (chosen[1] < 0)), made.logits, logits)
             return logits, chosen[0], chosen[1], hidden
 
     def _bring(self, rows: npt.NDArray[np.int64], logits: Tensor, found: F32) -> None:
