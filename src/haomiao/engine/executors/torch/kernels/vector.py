@@ -78,51 +78,74 @@ def weights_at(hi, lo, scales, rows, N, padded, ENCODING: tl.constexpr, GROUP: t
 
 
 @triton.jit
-def bits(words, AT: tl.constexpr, COUNT: tl.constexpr):
-    """Some bits of words times 2^AT, f32: they become the last bits of a number of the magnitude 2^23."""
-    mask: tl.constexpr = ((1 << COUNT) - 1) << AT
+def masked(words, mask: tl.constexpr, magnitude: tl.constexpr):
+    """(words & mask) | magnitude in one instruction, f32; left alone, the compiler makes two."""
     if INTERPRETED:
-        picked = (words & mask) | 0x4B000000
-    else:  # (words & mask) | magnitude in one instruction; left alone, the compiler makes two
-        picked = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xEA;",
-            "=r,r,r,r",
-            [words, mask, 0x4B000000],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
+        y = (words & mask) | magnitude
+    else:
+        y = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [words, mask, magnitude], dtype=tl.int32, is_pure=True, pack=1
         )
-    return picked.to(tl.float32, bitcast=True) - 8388608.0
+    return y.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def upper(words):
+    """1 + n / 16, n in bits 19 to 22."""
+    return masked(words, 0x00780000, 0x3F800000)
+
+
+@triton.jit
+def lower(words):
+    """1 + n / 256, n in bits 15 to 18."""
+    return masked(words, 0x00078000, 0x3F800000)
+
+
+@triton.jit
+def byte(words, AT: tl.constexpr):
+    """n 2^AT of eight bits from AT on."""
+    return masked(words, 0xFF << AT, 0x4B000000) - 8388608.0
 
 
 @triton.jit
 def words_times(w, v, a, b, c, d, e, f, g, h, ENCODING: tl.constexpr, LO_SHIFT: tl.constexpr):
-    """Sums of a word's eight codes, `middle` too great, times their activations, which `evened` made."""
+    """Sums of a word's eight codes times their activations, which `evened` made, too great by `excess`. A code becomes
+    a float without a conversion: its bits stand in the fraction of 1 + n / 16 or 1 + n / 256, or end 2^23 + n."""
     if ENCODING == 3:
-        half = w >> 16
-        y = bits(w, 0, 4) * a + bits(w, 4, 4) * b + bits(w, 8, 4) * c + bits(w, 12, 4) * d
-        y += bits(w, 16, 4) * e + bits(half, 4, 4) * f + bits(half, 8, 4) * g + bits(half, 12, 4) * h
+        y = lower(w << 15) * a + upper(w << 15) * b + lower(w << 7) * c + upper(w << 7) * d
+        y += lower(w >> 1) * e + upper(w >> 1) * f + lower(w >> 9) * g + upper(w >> 9) * h
     else:
         even = ((w & 0x0F0F0F0F) << LO_SHIFT) + (v & 0x0F0F0F0F)  # codes fit into bytes
         odd = (((w >> 4) & 0x0F0F0F0F) << LO_SHIFT) + ((v >> 4) & 0x0F0F0F0F)
-        y = bits(even, 0, 8) * a + bits(odd, 0, 8) * b + bits(even, 8, 8) * c + bits(odd, 8, 8) * d
+        y = byte(even, 0) * a + byte(odd, 0) * b + byte(even, 8) * c + byte(odd, 8) * d
         even = even >> 16
         odd = odd >> 16
-        y += bits(even, 0, 8) * e + bits(odd, 0, 8) * f + bits(even, 8, 8) * g + bits(odd, 8, 8) * h
+        y += byte(even, 0) * e + byte(odd, 0) * f + byte(even, 8) * g + byte(odd, 8) * h
     return y
 
 
 @triton.jit
-def evened(a, b, c, d, e, f, g, h, ENCODING: tl.constexpr):
-    """Activations for `words_times`: less by the powers of two that it has too much."""
+def excess_of(a, b, c, d, e, f, g, h, ENCODING: tl.constexpr, LO_SHIFT: tl.constexpr):
+    """What is too much in a group's sum: the offset of the codes, and for one plane the ones before the fractions."""
     if ENCODING == 3:
-        b = b * 0.0625
-        c = c * 0.00390625
-        d = d * 0.000244140625
-        e = e * 0.0000152587890625
-        f = f * 0.0625
-        g = g * 0.00390625
-        h = h * 0.000244140625
+        y = 264.0 * (a + c + e + g) + 24.0 * (b + d + f + h)
+    else:
+        y = (8.0 * (1 << LO_SHIFT) + 8.0) * (a + b + c + d + (e + f + g + h))
+    return tl.sum(y, axis=1)
+
+
+@triton.jit
+def evened(a, b, c, d, e, f, g, h, ENCODING: tl.constexpr):
+    """Activations for `words_times`: by the powers of two that its floats have too little or too much."""
+    if ENCODING == 3:
+        a = a * 256.0
+        b = b * 16.0
+        c = c * 256.0
+        d = d * 16.0
+        e = e * 256.0
+        f = f * 16.0
+        g = g * 256.0
+        h = h * 16.0
     else:
         c = c * 0.00390625
         d = d * 0.00390625
@@ -141,12 +164,6 @@ def weighed(x, norm, cols, K, factor):
 def coded(x, inverse):
     """Codes f32 of activations [groups, n]."""
     return rounded(x * inverse[:, None])
-
-
-@triton.jit
-def middle(ENCODING: tl.constexpr, LO_SHIFT: tl.constexpr):
-    """What `words_times` adds to codes."""
-    return 8.0 if ENCODING == 3 else 8.0 * (1 << LO_SHIFT) + 8.0
 
 
 @triton.jit
@@ -225,7 +242,7 @@ def gemv(
             f = coded(f, inverse)
             g = coded(g, inverse)
             h = coded(h, inverse)
-        excess = tl.sum((a + b + c + d) + (e + f + g + h), axis=1) * middle(ENCODING, LO_SHIFT)
+        excess = excess_of(a, b, c, d, e, f, g, h, ENCODING, LO_SHIFT)
         a, b, c, d, e, f, g, h = evened(a, b, c, d, e, f, g, h, ENCODING)
     else:
         if ENCODING == 2:
