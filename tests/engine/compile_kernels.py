@@ -83,7 +83,7 @@ def main() -> None:
         (launch.vector, "gemv"),
         *((launch.rowwise, name) for name in ("embed", "norm", "gate", "add", "greatest_parts", "greatest")),
         *((launch.attention, name) for name in ("store", "attend", "merge")),
-        *((drawing.kernels, name) for name in ("chunks", "candidates", "order", "tokens")),
+        *((drawing.kernels, name) for name in ("chunks", "candidates", "order", "tokens", "tail")),
     ):
         setattr(module, name, Recorder(getattr(module, name)))
     launch.dependence = lambda device: {"DEPENDENT": True, "launch_pdl": True}

@@ -127,18 +127,18 @@ def test_the_twin_draws_by_the_rule(row: F32, drawing: Drawing) -> None:
 
 @kernels
 @given(row=ROWS, drawing=DRAWINGS)
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_the_kernels_draw_by_the_rule(row: F32, drawing: Drawing) -> None:
+    """All rows that are finite, however flat."""
     (token,) = drawn(True, row[None], [drawing])
-    tokens, _ = wanted(row, drawing)
-    assert token == -1 or token in tokens
+    assert token in wanted(row, drawing)[0]
 
 
 @pytest.mark.parametrize("fast", KINDS)
 def test_long_rows(fast: bool) -> None:
-    """A vocabulary as models have it: what is decided, and what is left open."""
-    row = row_of(40_000 if fast else 151_936, 2.0, None, 0.01, seed=4)
-    row[[7, 5000, 5001, 5002, 20_000, 39_999]] = [17.0, 18.0, 16.5, 17.5, 17.0, 15.0]
+    """A vocabulary as models have it; what the first entries do not decide is left open by the twin alone."""
+    row = row_of(20_000 if fast else 151_936, 2.0, None, 0.01, seed=4)
+    row[[7, 5000, 5001, 5002, 17_000, 19_999]] = [17.0, 18.0, 16.5, 17.5, 17.0, 15.0]
     cases = {
         Drawing(0.5, 0, 0.9, 0.0, 0.4): True,
         Drawing(1.0, 0, 1.0, 0.05, 0.4): True,
@@ -148,13 +148,12 @@ def test_long_rows(fast: bool) -> None:
     tokens = drawn(fast, np.stack([row] * len(cases)), list(cases))
     for token, (drawing, decided) in zip(tokens, cases.items(), strict=True):
         assert wanted(row, drawing)[1] == decided
-        assert token in wanted(row, drawing)[0] if decided else token == -1
+        assert token in wanted(row, drawing)[0] if decided or fast else token == -1
 
 
 @pytest.mark.parametrize("fast", KINDS)
 def test_what_is_common_is_decided(fast: bool) -> None:
-    """A kernel may leave more open than the rule does, but not what people ask for."""
-    for seed, vocab in enumerate((90, 5000)):
+    for seed, vocab in enumerate((90, 700)):
         rows = np.stack([row_of(vocab, 4.0, None, 0.0, seed=10 * seed + each) for each in range(5)])
         drawings = [
             Drawing(1.0, 0, 0.95, 0.0, 0.3), Drawing(0.7, 40, 1.0, 0.0, 0.99), Drawing(1.0, 0, 1.0, 0.05, 0.7),
@@ -186,11 +185,11 @@ def test_ties_and_signed_zeros_go_by_the_index(fast: bool) -> None:
 
 @pytest.mark.parametrize("fast", KINDS)
 def test_company_changes_nothing(fast: bool) -> None:
-    rows = np.stack([row_of(700, 3.0, None, 0.1, seed=seed) for seed in range(5)])
+    rows = np.stack([row_of(300, 3.0, None, 0.1, seed=seed) for seed in range(5)])
     drawings: list[Drawing | None] = [Drawing(0.9, 0, 0.9, 0.0, 0.2 * each) for each in range(5)]
     together = drawn(fast, rows, drawings)
     assert (together >= 0).all()
-    for each in range(5):
+    for each in (1, 4):
         assert drawn(fast, rows[each : each + 1], drawings[each : each + 1]) == together[each : each + 1]
     some = drawn(fast, rows[::-1].copy(), [None, *drawings[3:0:-1], None])
     assert some.tolist() == [-1, *together[3:0:-1], -1]
@@ -248,6 +247,16 @@ def test_steps_return_what_was_drawn(fast: bool, monkeypatch: pytest.MonkeyPatch
         assert result.argmax[0] == row.argmax()
         if greedy == [False, False]:  # a row of the step is wanted whole
             np.testing.assert_allclose(result.logits[0], row, rtol=1e-4, atol=1e-4)
+    if fast:  # its kernels leave open only what is not finite
+        from haomiao.engine.executors.torch import drawing as launches
+
+        draw = launches.draw
+
+        def reluctant(out: Any, *given: Any) -> None:
+            draw(out, *given)
+            out[0] = -1
+
+        monkeypatch.setattr(launches, "draw", reluctant)
     wide = executor_of(fast, monkeypatch, vocab=3000)
     whole = wide.step(step_of([1, 2], [None, None])).logits.copy()
     result = wide.step(step_of([1, 2], [never, sure], [False, False]))

@@ -1,7 +1,8 @@
 """Launches of the kernels that draw tokens from rows of logits: `twins.draw` on the device. Knows no plan and no step.
 
 Between the kernels, in memory of their own: the greatest of each chunk of a row, the sum of its weights in parts, and
-about 270 candidates, every entry that is at least as good as the `LOOK`-th of the chunks' greatest.
+about 270 candidates, every entry that is at least as good as the `FIRST_LOOK`-th of the chunks' greatest. Unlike the
+twin, they leave only what is not finite open.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ into different ones; then 270 of 128 thousand are as good as the 256th of the ch
 DEPTH = 16
 """Entries of each chunk that are read at a turn."""
 CAPACITY = 512
-"""Candidates that are put in order; a row with more of them (ties) is left open."""
+"""Candidates that are put in order; a row with more of them (ties) is walked whole."""
+TAIL, TAIL_WARPS = 4096, 16
+"""Entries that the walk over a whole row reads at a turn, and its warps: one program a row, since few rows need it."""
 
 
 def draw(out: Tensor, logits: Tensor, places: Tensor, draws: Draws) -> None:
@@ -47,4 +50,8 @@ def draw(out: Tensor, logits: Tensor, places: Tensor, draws: Draws) -> None:
     kernels.tokens[(rows,)](
         out, ordered, counts, floors, sums, draws.uniform, draws.top_p, draws.temperature, draws.min_p, draws.top_k,
         vocab, PARTS=parts, PARTS_ALL=power(parts), CAPACITY=CAPACITY,
+    )  # fmt: skip
+    kernels.tail[(rows,)](
+        out, logits, places, sums, draws.uniform, draws.top_p, draws.temperature, draws.min_p, draws.top_k, vocab,
+        PARTS=parts, PARTS_ALL=power(parts), BLOCK=min(TAIL, power(vocab, 128)), num_warps=TAIL_WARPS,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Drawing tokens from rows of logits: temperature, top-k, top-p, min-p, and the inverse of the cumulative distribution.
 
-The rule is that of `engine.draw`. Four kernels: the greatest of each chunk of a row and the sum of its weights; all
-entries that are at least as good as the LOOK-th of those, which are few; these in order; the walk down them. What
-the few do not decide is left open, and so is what is not finite. Sums are float64 and their order is fixed, so that a
-token depends on its row and its numbers alone.
+The rule is that of `engine.draw`. Five kernels: the greatest of each chunk of a row and the sum of its weights; all
+entries that are at least as good as the LOOK-th of those, which are few; these in order; the walk down them; and, where
+the few do not decide, a search over the whole row. What is not finite is left open. Sums are float64 and their order is
+fixed, so that a token depends on its row and its numbers alone.
 
 A candidate is an int64: the bits of its distance from the greatest (float32, not negative, hence ascending), then its
 index. So the order is that of falling logits, ties by the lower index, wherever a candidate was written.
@@ -52,13 +52,13 @@ def chunks(
         peak = tl.load(here + tl.load(places + row))
         lanes = part * LANES + tl.arange(0, LANES)
         deep = tl.arange(0, DEPTH)
-        least = tl.full([LANES], float("inf"), tl.float32)
-        total = tl.zeros([LANES], tl.float64)
+        least = tl.full([DEPTH, LANES], float("inf"), tl.float32)
+        total = tl.zeros([DEPTH, LANES], tl.float64)
         for first in range(0, V, CHUNKS * DEPTH):
             distance = distances(here, first + deep[:, None] * CHUNKS + lanes[None, :], peak, temperature, V)
-            least = tl.minimum(least, tl.min(distance, axis=0))
-            total += tl.sum(tl.exp(-distance).to(tl.float64), axis=0)
-        tl.store(peaks + row * CHUNKS + lanes, least)
+            least = tl.minimum(least, distance)
+            total += tl.exp(-distance).to(tl.float64)
+        tl.store(peaks + row * CHUNKS + lanes, tl.min(least, axis=0))
         tl.store(sums + row * (CHUNKS // LANES) + part, tl.sum(total))
         if part == 0:
             tl.store(counts + row, 0)
@@ -127,7 +127,7 @@ def order(ordered, found, counts, temperatures, CAPACITY: tl.constexpr, BLOCK: t
 
 @triton.jit
 def tokens(
-    out,  # int32 [rows]: -1 where nothing is drawn
+    out,  # int32 [rows]: -1 where nothing is drawn, or the candidates do not decide
     ordered,  # int64 [rows, CAPACITY]
     counts,
     floors,
@@ -186,3 +186,100 @@ def tokens(
             decided = decided & (open_ == 0) & ((beyond == 0) | complete | (kept < count))
             drawn = tl.where(decided, token, -1)
     tl.store(out + row, drawn)
+
+
+@triton.jit
+def reach(here, peak, temperature, V, goal, WEIGH: tl.constexpr, STRICT: tl.constexpr, BLOCK: tl.constexpr):
+    """(bits, before): the least distance up to which entries weigh `goal` together (STRICT: more), and what those that
+    are nearer weigh. Without WEIGH each counts 1. Bits beyond all distances where they never do."""
+    place = tl.arange(0, BLOCK)
+    floor = tl.zeros([], tl.uint32)
+    before = tl.zeros([], tl.float64)
+    unit = tl.full([], 1 << 30, tl.uint32)
+    for _ in range(16):  # two bits at a time
+        first = tl.zeros([BLOCK], tl.float64)
+        second = tl.zeros([BLOCK], tl.float64)
+        third = tl.zeros([BLOCK], tl.float64)
+        for start in range(0, V, BLOCK):
+            distance = distances(here, start + place, peak, temperature, V)
+            bits = distance.to(tl.uint32, bitcast=True)
+            if WEIGH:
+                weight = tl.exp(-distance).to(tl.float64)
+            else:
+                weight = tl.where(start + place < V, 1.0, 0.0).to(tl.float64)
+            first += tl.where(bits < floor + unit, weight, 0.0)
+            second += tl.where(bits < floor + 2 * unit, weight, 0.0)
+            third += tl.where(bits < floor + 3 * unit, weight, 0.0)
+        a, b, c = tl.sum(first), tl.sum(second), tl.sum(third)
+        if STRICT:
+            steps = (a <= goal).to(tl.uint32) + (b <= goal).to(tl.uint32) + (c <= goal).to(tl.uint32)
+        else:
+            steps = (a < goal).to(tl.uint32) + (b < goal).to(tl.uint32) + (c < goal).to(tl.uint32)
+        before = tl.where(steps == 0, before, tl.where(steps == 1, a, tl.where(steps == 2, b, c)))
+        floor += steps * unit
+        unit = unit >> 2
+    return floor, before
+
+
+@triton.jit
+def tail(
+    out,  # int32 [rows]: written where it is -1
+    logits,
+    places,
+    sums,
+    uniforms,
+    top_ps,
+    temperatures,
+    min_ps,
+    top_ks,
+    V,
+    PARTS: tl.constexpr,
+    PARTS_ALL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The walk down a whole row, for rows that the candidates left open: every filter, and the draw, is a search for a
+    distance by what stands before it. Grid [rows]."""
+    row = tl.program_id(0)
+    temperature = tl.load(temperatures + row)
+    if (temperature > 0) & (tl.load(out + row) < 0):
+        part = tl.arange(0, PARTS_ALL)
+        if tl.sum(tl.load(sums + row * PARTS + part, mask=part < PARTS, other=0.0)) < float("inf"):
+            here = logits + row.to(tl.int64) * V
+            peak = tl.load(here + tl.load(places + row))
+            limit = tl.full([], 0x7F7FFFFF, tl.uint32)
+            k = tl.load(top_ks + row)
+            if (k > 0) & (k < V):
+                farthest, _ = reach(here, peak, temperature, V, k.to(tl.float64), False, False, BLOCK)
+                limit = tl.minimum(limit, farthest)
+            place = tl.arange(0, BLOCK)
+            min_p = tl.load(min_ps + row)
+            masses = tl.zeros([BLOCK], tl.float64)
+            likely = tl.zeros([BLOCK], tl.float64)
+            for start in range(0, V, BLOCK):
+                distance = distances(here, start + place, peak, temperature, V)
+                weight = tl.exp(-distance)
+                weight = tl.where(distance.to(tl.uint32, bitcast=True) <= limit, weight, 0.0)
+                masses += weight.to(tl.float64)
+                likely += tl.where(weight >= min_p, weight, 0.0).to(tl.float64)
+            kept_mass = tl.sum(masses)
+            top_p = tl.load(top_ps + row)
+            if top_p < 1.0:
+                goal = top_p * kept_mass
+                bits, before = reach(here, peak, temperature, V, goal, True, False, BLOCK)
+                equal = tl.exp(-bits.to(tl.float32, bitcast=True)).to(tl.float64)
+                kept_mass = tl.minimum(kept_mass, before + equal * tl.maximum(tl.ceil((goal - before) / equal), 1.0))
+            kept_mass = tl.minimum(kept_mass, tl.sum(likely))
+            goal = tl.load(uniforms + row) * kept_mass
+            bits, before = reach(here, peak, temperature, V, goal, True, True, BLOCK)
+            equal = tl.exp(-bits.to(tl.float32, bitcast=True)).to(tl.float64)
+            skipped = tl.floor((goal - before) / equal)  # of those that are as far, by their index
+            token = tl.full([], -1, tl.int32)
+            seen = tl.zeros([], tl.int32)
+            for start in range(0, V, BLOCK):
+                distance = distances(here, start + place, peak, temperature, V)
+                same = ((distance.to(tl.uint32, bitcast=True) == bits) & (start + place < V)).to(tl.int32)
+                number = seen + tl.cumsum(same)
+                found = (same > 0) & (number.to(tl.float64) == skipped + 1.0)
+                token = tl.maximum(token, tl.max(tl.where(found, start + place, -1)))
+                seen += tl.sum(same)
+            tl.store(out + row, token)
