@@ -124,6 +124,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="run: 8b at bf16 and int4-w alone")
     parser.add_argument("--baselines-only", action="store_true", help="run: the others alone")
     parser.add_argument("--out", type=Path, help="append every row, as a JSON line")
+    parser.add_argument("--blocks", type=Path, help="run: sizes of blocks that `tune --out` wrote")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--at-once", type=int, default=check.AT_ONCE, help="check: groups beside each other")
     parser.add_argument("--group", help="check: this group alone, in this process, JSON lines")
     parser.add_argument("--independent", action="store_true", help="no kernel begins before the one before it ended")
@@ -149,6 +151,12 @@ def main() -> int:
                 file.write(line + "\n")
 
     launch.BLOCKS.dependent = not args.independent
+    script = [__file__, *(["--independent"] * args.independent)]
+    if args.blocks is not None and args.blocks.exists():
+        say(f"{tuning.adopt(args.blocks)} sizes of blocks from {args.blocks}")
+    if args.part is not None:
+        tuning.compile_part(args.part, device)
+        return 0
     if args.group is not None:
         return 0 if check.run_group(args.group, device, say) else 1
     report: dict[str, Any] = {
@@ -164,7 +172,7 @@ def main() -> int:
         failed = [each["name"] for each in report["checks"] if not each["ok"]]
         report["failed"] = failed
     elif args.what == "tune":
-        report |= tuning.tune(device, args.seconds or 60.0, keep)
+        report |= tuning.tune(device, script, args.seconds or 60.0, keep)
     else:
         args.seconds = args.seconds or 240.0
         report |= run(args, device, keep)

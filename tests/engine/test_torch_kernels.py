@@ -83,14 +83,18 @@ def test_linear(encoding: str, point: str, planes: Any, tokens: int) -> None:
         assert error(ours, wanted) <= (1e-2 if wide else 1e-5)
 
 
+@pytest.mark.parametrize("tiles", [1, 2, 4])
 @pytest.mark.parametrize(("encoding", "point", "planes"), READINGS)
 def test_a_program_goes_through_several_blocks(
-    encoding: str, point: str, planes: Any, monkeypatch: pytest.MonkeyPatch
+    encoding: str, point: str, planes: Any, tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One program for all rows, the last block of which is not full; a row of more columns than one warp has."""
-    monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_bytes=64, gemv_columns=512, gemv_resident=1))
+    monkeypatch.setattr(
+        launch, "BLOCKS", launch.Blocks(gemv_bytes=64, gemv_columns=512, gemv_resident=2, gemv_tiles=tiles)
+    )
     matrix, x = matrix_of(encoding, 37, 1030), random(1, 1030)
-    assert matrix.rows > launch.gemv_block(matrix, launch.encoding_of(matrix, planes))[0]
+    block = launch.gemv_block(matrix, launch.encoding_of(matrix, planes), 1)
+    assert block.programs == 1 and block.tiles == tiles and matrix.rows > block.rows * tiles
     out = random(1, 37, seed=2)
     wanted = out + twins.linear(matrix, x, POINTS[point], planes)
     launch.gemv(out, x, matrix, POINTS[point], planes, launch.PLAIN, launch.After(add=True))
@@ -340,6 +344,29 @@ def test_fast_kernels_need_the_interpreter_on_a_cpu(tmp_path: Path, monkeypatch:
         plan = plan_for(artifact.meta["config"])
         with pytest.raises(InputError, match="interpreter"):
             TorchExecutor(plan, artifact.tensors, artifact.vectors, points=("full",), fast=True)
+
+
+def test_a_library_that_cannot_write_in_place_is_not_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this PyTorch does on this device, the answer is that of its own trial."""
+    launch.written_at_once.cache_clear()
+    found = launch.written_at_once(CPU)
+    one, out = torch.ones(4, 4, dtype=torch.bfloat16), torch.ones(4, 4)
+    if found:
+        torch.ops.aten.addmm.dtype_out(out, one, one.T, torch.float32, out=out)
+        assert (out == 5).all()
+    launch.written_at_once.cache_clear()
+    monkeypatch.setattr(torch.ops.aten.mm, "dtype_out", lambda *a, **k: None)
+    assert not launch.written_at_once(CPU)
+    launch.written_at_once.cache_clear()
+
+
+def test_blocks_that_were_measured_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, best = matrix_of("planes", 37, 70), launch.Blocks(gemv_bytes=16, gemv_tiles=1)
+    encoding = launch.encoding_of(matrix, "hi")
+    monkeypatch.setattr(launch, "BEST", {(encoding, 37, 70, True): best})
+    assert launch.blocks_for(matrix, encoding, 1) is best
+    assert launch.blocks_for(matrix, encoding, 8) is launch.BLOCKS
+    assert launch.gemv_block(matrix, encoding, 1).tiles == 1
 
 
 def test_splits_cover_every_context() -> None:

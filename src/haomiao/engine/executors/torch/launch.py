@@ -32,8 +32,10 @@ class Blocks:
     """Rows of a block of `gemv` at most."""
     gemv_columns: int = 1024
     """Columns of a warp of `gemv`."""
-    gemv_resident: int = 24
-    """Warps of `gemv` on a multiprocessor; two thirds of it where weights are not bf16 and take more registers."""
+    gemv_tiles: int = 4
+    """Tiles of rows that the warps of `gemv` add up at once, at most."""
+    gemv_resident: int = 20
+    """Warps of `gemv` on a multiprocessor; four fifths of it where weights are not bf16 and take more registers."""
     gemm_rows: int = 32
     gemm_warps: int = 4
     gemm_stages: int = 3
@@ -46,7 +48,9 @@ class Blocks:
 
 
 BLOCKS = Blocks()
-DEQUANTIZED_FROM = 128
+BEST: dict[tuple[int, int, int, bool], Blocks] = {}
+"""By encoding, rows, columns and whether there is but one token, what was measured to be best; else `BLOCKS`."""
+DEQUANTIZED_FROM = 32
 """Tokens from which 16-bit activations meet weights that were made bf16 first."""
 
 
@@ -58,6 +62,11 @@ def power(n: int, least: int = 1) -> int:
 def up(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
+
+
+def blocks_for(matrix: DeviceMatrix, encoding: int, tokens: int) -> Blocks:
+    """Sizes of blocks for a matrix."""
+    return BEST.get((encoding, matrix.rows, matrix.cols, tokens == 1), BLOCKS)
 
 
 def encoding_of(matrix: DeviceMatrix, planes: Planes) -> int:
@@ -109,15 +118,14 @@ def gemv(
     encoding = encoding_of(matrix, planes)
     source = 1 if before.norm is not None else 2 if before.glu is not None else 0
     words = [part.view(torch.int32) if part.dtype == torch.uint8 else part for part in _parts(matrix)]
-    rows, columns, warps = gemv_block(matrix, encoding)
-    resident = BLOCKS.gemv_resident if encoding == 1 else BLOCKS.gemv_resident * 2 // 3
-    programs = min(up(matrix.rows, rows), multiprocessors(out.device) * max(1, resident // warps))
-    vector.gemv[(programs,)](
+    block = gemv_block(matrix, encoding, multiprocessors(out.device))
+    vector.gemv[(block.programs,)](
         out, x, x if before.norm is None else before.norm, *words, out if after.bias is None else after.bias,
         matrix.cols, matrix.padded, matrix.rows, before.eps, after.scale, after.softcap,
         ENCODING=encoding, GROUP=matrix.group or 1, LO_SHIFT=matrix.lo_shift, SOURCE=source,
         ACT=ACTIVATIONS[before.glu or "silu"], ROUND=rounding_of(matrix, point), BIAS=after.bias is not None,
-        ADD=after.add, CAP=after.softcap != 0, BN=rows, BK=columns, num_warps=warps, **dependence(out.device),
+        ADD=after.add, CAP=after.softcap != 0, BN=block.rows, TILES=block.tiles, WIDTH=block.width,
+        PIECES=block.pieces, EARLY=block.early, num_warps=block.warps, **dependence(out.device),
     )  # fmt: skip
 
 
@@ -125,12 +133,39 @@ BITS = (32, 16, 8, 4, 8)
 """Of a weight, by encoding."""
 
 
-def gemv_block(matrix: DeviceMatrix, encoding: int) -> tuple[int, int, int]:
-    """Rows and columns of a block of `gemv`, and its warps. A block holds whole rows."""
+WIDTHS = (4, 8, 16, 4, 4)
+"""Numbers, or words, of 16 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class GemvBlock:
+    """What one launch of `gemv` is made of."""
+
+    rows: int
+    """Of a tile."""
+    tiles: int
+    width: int
+    pieces: int
+    warps: int
+    programs: int
+    early: bool
+
+
+def gemv_block(matrix: DeviceMatrix, encoding: int, processors: int) -> GemvBlock:
+    """Tiles of whole rows, so many that the GPU is full and a thread has enough bytes on their way."""
+    blocks = blocks_for(matrix, encoding, 1)
     columns = power(matrix.padded, 64)
-    warps = min(max(columns // BLOCKS.gemv_columns, 1), 16)
+    warps = min(max(columns // blocks.gemv_columns, 1), 16)
     a_row = columns * BITS[encoding] // 8 // (32 * warps)
-    return min(max(BLOCKS.gemv_bytes // max(a_row, 1), 1), BLOCKS.gemv_most), columns, warps
+    rows = min(max(blocks.gemv_bytes // max(a_row, 1), 1), blocks.gemv_most)
+    resident = blocks.gemv_resident if encoding == 1 else blocks.gemv_resident * 4 // 5
+    slots = processors * max(1, resident // warps)
+    tiles = blocks.gemv_tiles
+    while tiles > 1 and up(matrix.rows, tiles * rows) < slots:
+        tiles //= 2
+    count = up(matrix.rows, tiles * rows)
+    pieces = columns // (32 if encoding >= 3 else WIDTHS[encoding])
+    return GemvBlock(rows, tiles, WIDTHS[encoding], pieces, warps, min(count, slots), count <= slots)
 
 
 @cache
@@ -154,23 +189,24 @@ def matmul(out: Tensor, x: Tensor, matrix: DeviceMatrix, point: Point, planes: P
     """Several tokens: out f32 [tokens, rows] from x f32 [tokens, cols]."""
     encoding, rounding = encoding_of(matrix, planes), rounding_of(matrix, point)
     if encoding < 2:
-        _finish(out, _product(x, matrix.hi, rounding), after)
+        _product(out, x, matrix.hi, rounding, after)
     elif rounding == 1 and x.shape[0] >= DEQUANTIZED_FROM:
-        _finish(out, _product(x, dequantized(matrix, planes), 1), after)
+        _product(out, x, dequantized(matrix, planes), 1, after)
     else:
         _gemm(out, x, matrix, encoding, rounding, after)
 
 
 def _gemm(out: Tensor, x: Tensor, matrix: DeviceMatrix, encoding: int, rounding: int, after: After) -> None:
     tokens = x.shape[0]
-    rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    linear.gemm[(up(matrix.rows, BLOCKS.gemm_rows), up(tokens, rows))](
+    blocks = blocks_for(matrix, encoding, tokens)
+    rows = 16 if tokens <= 16 else 32 if tokens <= 64 else 64  # twice 32 take less than once 64, which waits for wgmma
+    linear.gemm[(up(matrix.rows, blocks.gemm_rows), up(tokens, rows))](
         out, x, *_parts(matrix), out if after.bias is None else after.bias,
         tokens, matrix.cols, matrix.padded, matrix.rows, after.scale, after.softcap,
         ENCODING=encoding, GROUP=matrix.group, LO_SHIFT=matrix.lo_shift, ROUND=rounding,
         BIAS=after.bias is not None, ADD=after.add, CAP=after.softcap != 0,
-        BM=rows, BN=BLOCKS.gemm_rows, GROUPS=BLOCKS.gemm_groups if rows < 64 else 1,
-        num_warps=BLOCKS.gemm_warps, num_stages=BLOCKS.gemm_stages,
+        BM=rows, BN=blocks.gemm_rows, GROUPS=blocks.gemm_groups if rows < 64 else 1,
+        num_warps=blocks.gemm_warps, num_stages=blocks.gemm_stages,
         **dependence(out.device),
     )  # fmt: skip
 
@@ -185,13 +221,37 @@ def dequantized(matrix: DeviceMatrix, planes: Planes) -> Tensor:
     return out
 
 
-def _product(x: Tensor, weights: Tensor, rounding: int) -> Tensor:
-    """x Wᵀ by the vendor's library, float32 sums and a float32 result."""
+def _product(out: Tensor, x: Tensor, weights: Tensor, rounding: int, after: After) -> None:
+    """x Wᵀ by the vendor's library, float32 sums and a float32 result; written or added where it belongs if nothing
+    else becomes of it."""
+    if rounding == 1 and x.device.type == "cuda":
+        short, plain = x.bfloat16(), after.bias is None and after.scale == 1.0 and not after.softcap
+        if plain and written_at_once(x.device):
+            if after.add:
+                torch.ops.aten.addmm.dtype_out(out, short, weights.T, torch.float32, out=out)
+            else:
+                torch.ops.aten.mm.dtype_out(short, weights.T, torch.float32, out=out)
+            return
+        _finish(out, torch.mm(short, weights.T, out_dtype=torch.float32), after)
+        return
     if rounding == 1:
-        if x.device.type == "cuda":
-            return torch.mm(x.bfloat16(), weights.T, out_dtype=torch.float32)
         x = x.bfloat16().float()
-    return torch.mm(x, weights.float().T)
+    _finish(out, torch.mm(x, weights.float().T), after)
+
+
+@cache
+def written_at_once(device: torch.device) -> bool:
+    """Whether this PyTorch writes the float32 product of bf16 matrices into a given tensor, and adds to it, as it
+    should: found out once, with small ones, before anything is captured."""
+    one, other = (torch.ones(16, 16, dtype=torch.bfloat16, device=device) for _ in range(2))
+    found = torch.full((16, 16), 3.0, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(found, one, other.T, torch.float32, out=found)
+        added = bool((found == 19.0).all())
+        torch.ops.aten.mm.dtype_out(one, other.T, torch.float32, out=found)
+        return added and bool((found == 16.0).all())
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 def _finish(out: Tensor, y: Tensor, after: After) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from haomiao.engine.executors.torch.kernels.linear import (
     INTERPRETED,
@@ -16,7 +17,6 @@ from haomiao.engine.executors.torch.kernels.linear import (
     factors,
     magnitude,
     rounded,
-    started,
 )
 
 
@@ -49,31 +49,40 @@ def finished(y, rows, N, bias, out, BIAS: tl.constexpr, ADD: tl.constexpr, out_s
 
 
 @triton.jit
-def weights_at(hi, lo, scales, rows, N, padded, ENCODING: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr):
-    """Whole rows of weights as they lie: hi, lo (hi where it is not read) and scales (hi where there are none). Planes
-    are words [rows, BK / 32, 4], so that a thread loads 16 bytes and adds up a group by itself."""
+def weights_at(
+    hi,
+    lo,
+    scales,
+    rows,
+    N,
+    padded,
+    ENCODING: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Whole rows of weights as they lie, in pieces of 16 bytes, so that a thread adds up a piece by itself: hi, lo (hi
+    where it is not read) and scales (hi where there are none). WIDTH: numbers of a piece; of planes, words."""
+    columns: tl.constexpr = 32 if ENCODING >= 3 else WIDTH
     row = rows.to(tl.int64)
-    inside = rows < N
+    piece = tl.arange(0, PIECES)
+    there = (rows < N)[:, None] & (piece * columns < padded)[None, :]
+    # written so that the compiler sees that a row begins at a multiple of 16 bytes
+    first = (row * (padded // 32 * (32 // columns * WIDTH)))[:, None] + (piece * WIDTH)[None, :]
+    if ENCODING < 2:
+        first = (row * padded)[:, None] + (piece * WIDTH)[None, :]
+    where = first[:, :, None] + tl.arange(0, WIDTH)[None, None, :]
+    inside = there[:, :, None]
+    if ENCODING < 2:  # rows of any length
+        inside = inside & ((piece * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :] < padded)[None, :, :]
+    w = tl.load(hi + where, mask=inside, other=0, eviction_policy="evict_first")
+    v = w
+    ws = w
+    if ENCODING == 4:
+        v = tl.load(lo + where, mask=inside, other=0, eviction_policy="evict_first")
     if ENCODING >= 2:
-        WIDTH: tl.constexpr = 4 if ENCODING >= 3 else 32
-        group = tl.arange(0, BK // 32)
-        there = inside[:, None] & (group < padded // 32)[None, :]
-        # written so that the compiler sees that a row begins at a multiple of WIDTH
-        first = (row * (padded // 32 * WIDTH))[:, None] + (group * WIDTH)[None, :]
-        where = first[:, :, None] + tl.arange(0, WIDTH)[None, None, :]
-        w = tl.load(hi + where, mask=there[:, :, None], other=0, eviction_policy="evict_first")
-        v = w
-        if ENCODING == 4:
-            v = tl.load(lo + where, mask=there[:, :, None], other=0, eviction_policy="evict_first")
-        of_scales = (row * (padded // GROUP))[:, None] + (group * 32 // GROUP)[None, :]
+        of_scales = (row * (padded // GROUP))[:, None] + (piece * columns // GROUP)[None, :]
         ws = tl.load(scales + of_scales, mask=there, other=0.0)
-    else:
-        cols = tl.arange(0, BK)
-        where = (row * padded)[:, None] + cols[None, :]
-        there = inside[:, None] & (cols < padded)[None, :]
-        w = tl.load(hi + where, mask=there, other=0.0, eviction_policy="evict_first")
-        v = w
-        ws = w
     return w, v, ws
 
 
@@ -191,17 +200,25 @@ def gemv(
     ADD: tl.constexpr,
     CAP: tl.constexpr,
     BN: tl.constexpr,
-    BK: tl.constexpr,  # a power of two that covers a row
+    TILES: tl.constexpr,  # 1, 2 or 4
+    WIDTH: tl.constexpr,
+    PIECES: tl.constexpr,  # a power of two that covers a row
+    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """y = W x for one token, with the norm or the gate before it and the residual after it. A program keeps the
-    activations in registers and goes through blocks of BN rows, the next one's weights on their way while it computes
-    one. Grid [programs], at most N / BN."""
+    activations in registers and goes through blocks of TILES tiles of BN rows, the next tile's weights on their way
+    while it computes one; the warps add up a block at a time. EARLY: the next kernel may begin at once, not when this
+    one has nothing left to load. Grid [programs], at most N / (TILES BN)."""
     block = tl.program_id(0)
-    w, v, ws = weights_at(hi, lo, scales, block * BN + tl.arange(0, BN), N, padded, ENCODING, GROUP, BK)
-    started(DEPENDENT)
+    within = tl.arange(0, BN)
+    w, v, ws = weights_at(hi, lo, scales, block * TILES * BN + within, N, padded, ENCODING, GROUP, WIDTH, PIECES)
+    if DEPENDENT:
+        if EARLY:
+            gdc_launch_dependents()
+        gdc_wait()
     if ENCODING >= 3:
-        group = tl.arange(0, BK // 32)[:, None] * 32 + tl.arange(0, 4)[None, :]
+        group = tl.arange(0, PIECES)[:, None] * 32 + tl.arange(0, 4)[None, :]
         a = source_at(x, group, K, SOURCE, ACT)
         b = source_at(x, group + 4, K, SOURCE, ACT)
         c = source_at(x, group + 8, K, SOURCE, ACT)
@@ -245,41 +262,63 @@ def gemv(
         excess = excess_of(a, b, c, d, e, f, g, h, ENCODING, LO_SHIFT)
         a, b, c, d, e, f, g, h = evened(a, b, c, d, e, f, g, h, ENCODING)
     else:
-        if ENCODING == 2:
-            cols = tl.arange(0, BK // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
-        else:
-            cols = tl.arange(0, BK)
+        cols = tl.arange(0, PIECES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         a = source_at(x, cols, K, SOURCE, ACT)
         if SOURCE == 1:
             a = weighed(a, norm, cols, K, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(a * a) / K + eps)))
         if ROUND == 1:
             a = bf16(a).to(tl.float32)
-        if ROUND == 2:
-            scale, inverse = factors(tl.max(magnitude(a), axis=1))
+        if ROUND == 2:  # a group is two pieces
+            pairs = tl.max(tl.reshape(magnitude(a), [PIECES // 2, 2 * WIDTH]), axis=1)
+            both = tl.reshape(tl.broadcast_to(pairs[:, None], [PIECES // 2, 2]), [PIECES])
+            scale, inverse = factors(both)
             a = coded(a, inverse)
-    for at in range(block, tl.cdiv(N, BN), tl.num_programs(0)):
-        rows = at * BN + tl.arange(0, BN)
-        after = rows + tl.num_programs(0) * BN
-        next_w, next_v, next_ws = weights_at(hi, lo, scales, after, N, padded, ENCODING, GROUP, BK)
-        if ENCODING >= 2:
-            if ENCODING == 2:
-                part = tl.sum(w.to(tl.float32) * a[None, :, :], axis=2)
+    stride = tl.num_programs(0)
+    for at in range(block, tl.cdiv(N, TILES * BN), stride):
+        for tile in tl.static_range(TILES):
+            if tile < TILES - 1:
+                ahead = (at * TILES + tile + 1) * BN
             else:
+                ahead = (at + stride) * TILES * BN
+            next_w, next_v, next_ws = weights_at(
+                hi, lo, scales, ahead + within, N, padded, ENCODING, GROUP, WIDTH, PIECES
+            )
+            if ENCODING >= 3:
                 sums = words_times(
                     w, v, a[None, :, :], b[None, :, :], c[None, :, :], d[None, :, :],
                     e[None, :, :], f[None, :, :], g[None, :, :], h[None, :, :], ENCODING, LO_SHIFT,
                 )  # fmt: skip
                 part = tl.sum(sums, axis=2) - excess[None, :]
-            share = ws.to(tl.float32)
+            else:
+                part = tl.sum(w.to(tl.float32) * a[None, :, :], axis=2)
+            if ENCODING >= 2:
+                part = part * ws.to(tl.float32)
             if ROUND == 2:
-                share = share * scale[None, :]
-            y = tl.sum(part * share, axis=1)
-            if ENCODING == 4:
-                y = y * (1.0 / (1 << LO_SHIFT))
+                part = part * scale[None, :]
+            if tile == 0:
+                first = part
+            if tile == 1:
+                second = part
+            if tile == 2:
+                third = part
+            if tile == 3:
+                fourth = part
+            w = next_w
+            v = next_v
+            ws = next_ws
+        if TILES == 1:
+            y = tl.sum(first, axis=1)
+            rows = at * BN + within
+        elif TILES == 2:
+            y = tl.sum(tl.join(first, second), axis=1)
+            rows = (at * 2 + tl.arange(0, 2)[None, :]) * BN + within[:, None]
         else:
-            y = tl.sum(w.to(tl.float32) * a[None, :], axis=1)
+            y = tl.reshape(tl.sum(tl.join(tl.join(first, second), tl.join(third, fourth)), axis=1), [BN, 4])
+            index = tl.arange(0, 4)[None, :]
+            rows = (at * 4 + index % 2 * 2 + index // 2) * BN + within[:, None]
+        if ENCODING == 4:
+            y = y * (1.0 / (1 << LO_SHIFT))
         y = finished(y, rows, N, bias, out, BIAS, ADD, out_scale, softcap, CAP)
         tl.store(out + rows, y, mask=rows < N)
-        w = next_w
-        v = next_v
-        ws = next_ws
+    if DEPENDENT and not EARLY:
+        gdc_launch_dependents()
