@@ -89,6 +89,11 @@ def _parts(matrix: DeviceMatrix) -> tuple[Tensor, Tensor, Tensor]:
     return matrix.hi, lo, matrix.hi if matrix.scales is None else matrix.scales
 
 
+def _words(matrix: DeviceMatrix) -> list[Tensor]:
+    """The same, planes as words."""
+    return [part.view(torch.int32) if part.dtype == torch.uint8 else part for part in _parts(matrix)]
+
+
 @dataclass(frozen=True, slots=True)
 class Before:
     """What a matrix's source is made of."""
@@ -117,10 +122,9 @@ def gemv(
     """One token: out f32 [1, rows] from x f32 [1, cols] (or [1, 2 cols] for a gate)."""
     encoding = encoding_of(matrix, planes)
     source = 1 if before.norm is not None else 2 if before.glu is not None else 0
-    words = [part.view(torch.int32) if part.dtype == torch.uint8 else part for part in _parts(matrix)]
     block = gemv_block(matrix, encoding, multiprocessors(out.device))
     vector.gemv[(block.programs,)](
-        out, x, x if before.norm is None else before.norm, *words, out if after.bias is None else after.bias,
+        out, x, x if before.norm is None else before.norm, *_words(matrix), out if after.bias is None else after.bias,
         matrix.cols, matrix.padded, matrix.rows, before.eps, after.scale, after.softcap,
         ENCODING=encoding, GROUP=matrix.group or 1, LO_SHIFT=matrix.lo_shift, SOURCE=source,
         ACT=ACTIVATIONS[before.glu or "silu"], ROUND=rounding_of(matrix, point), BIAS=after.bias is not None,
@@ -214,8 +218,8 @@ def _gemm(out: Tensor, x: Tensor, matrix: DeviceMatrix, encoding: int, rounding:
 def dequantized(matrix: DeviceMatrix, planes: Planes) -> Tensor:
     """Weights bf16 [rows, cols], for one product."""
     out = torch.empty(matrix.rows, matrix.cols, dtype=torch.bfloat16, device=matrix.hi.device)
-    linear.dequantize[(up(matrix.rows, 32), up(matrix.padded, 128))](
-        out, *_parts(matrix), matrix.cols, matrix.padded, matrix.rows,
+    linear.dequantize[(up(matrix.padded, 128), up(matrix.rows, 32))](
+        out, *_words(matrix), matrix.cols, matrix.padded, matrix.rows,
         ENCODING=encoding_of(matrix, planes), GROUP=matrix.group, LO_SHIFT=matrix.lo_shift, BN=32, BK=128,
     )  # fmt: skip
     return out

@@ -200,13 +200,47 @@ def dequantize(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Weights as bf16, for products of many tokens: read once here, then cuBLAS. Grid [N / BN, padded / BK]."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    """Weights as bf16, for products of many tokens: read once here, then cuBLAS. Neighbouring programs
+    write neighbouring columns. Grid [padded / BK, N / BN]."""
+    rows = tl.program_id(1) * BN + tl.arange(0, BN)
     row = rows.to(tl.int64)[:, None]
-    cols = (tl.program_id(1) * BK + tl.arange(0, BK))[None, :]
+    cols = (tl.program_id(0) * BK + tl.arange(0, BK))[None, :]
     there = (rows < N)[:, None] & (cols < K)
-    w = table_row(hi, lo, scales, row, cols, there, padded, ENCODING, GROUP, LO_SHIFT)
-    tl.store(out + row * K + cols, bf16(w).to(tl.bfloat16), mask=there)
+    if ENCODING >= 3:
+        group = tl.program_id(0) * (BK // 32) + tl.arange(0, BK // 32)
+        inside = (rows < N)[:, None] & (group < padded // 32)[None, :]
+        first = row * (padded // 32 * 4) + group[None, :] * 4
+        words = first[:, :, None] + tl.arange(0, 4)[None, None, :]
+        w = tl.load(hi + words, mask=inside[:, :, None], other=0)
+        v = w
+        if ENCODING == 4:
+            v = tl.load(lo + words, mask=inside[:, :, None], other=0)
+        ws = tl.load(scales + row * (padded // GROUP) + (group * 32 // GROUP)[None, :], mask=inside, other=0.0)
+        share = ws.to(tl.float32)[:, :, None]
+        if ENCODING == 4:
+            share = share * (1.0 / (1 << LO_SHIFT))
+        # nibble n of word k is column 4 n + k
+        even = tl.join(nibble(w, v, share, 0, ENCODING, LO_SHIFT), nibble(w, v, share, 4, ENCODING, LO_SHIFT))
+        even = tl.join(
+            even, tl.join(nibble(w, v, share, 2, ENCODING, LO_SHIFT), nibble(w, v, share, 6, ENCODING, LO_SHIFT))
+        )
+        odd = tl.join(nibble(w, v, share, 1, ENCODING, LO_SHIFT), nibble(w, v, share, 5, ENCODING, LO_SHIFT))
+        odd = tl.join(
+            odd, tl.join(nibble(w, v, share, 3, ENCODING, LO_SHIFT), nibble(w, v, share, 7, ENCODING, LO_SHIFT))
+        )
+        y = tl.reshape(tl.permute(tl.join(even, odd), (0, 1, 3, 4, 5, 2)), [BN, BK])
+    else:
+        y = table_row(hi, lo, scales, row, cols, there, padded, ENCODING, GROUP, LO_SHIFT)
+    tl.store(out + row * K + cols, bf16(y).to(tl.bfloat16), mask=there)
+
+
+@triton.jit
+def nibble(w, v, share, n: tl.constexpr, ENCODING: tl.constexpr, LO_SHIFT: tl.constexpr):
+    """Weights f32 whose codes are nibble n of words."""
+    code = (w >> (4 * n)) & 15
+    if ENCODING == 4:
+        code = (code << LO_SHIFT) + ((v >> (4 * n)) & 15) - (8 << LO_SHIFT)
+    return (code - 8).to(tl.float32) * share
 
 
 @triton.jit
