@@ -226,7 +226,8 @@ class FastRunner:
     def _launch_for(self, batch: StepBatch) -> _Launch:
         """The launch of the least bucket that the step fits into."""
         bucket = next(each for each in BUCKETS if each >= batch.tokens)
-        reach = int((batch.past + np.diff(batch.span_starts)).max())
+        one_each = batch.tokens == batch.past.size
+        reach = int(batch.past.max()) + 1 if one_each else int((batch.past + np.diff(batch.span_starts)).max())
         return self._kept(batch.point, bucket, self._context_bucket(reach), batch.draws is not None)
 
     def _context_bucket(self, reach: int) -> int:
@@ -342,9 +343,8 @@ class FastRunner:
 
 def _wanted(batch: StepBatch) -> bool:
     """True if a row is neither greedy nor drawn, so that logits are wanted on the host."""
-    chosen = np.zeros(batch.logit_rows.size, np.bool_)
-    if batch.greedy is not None:
-        chosen |= batch.greedy
+    chosen = batch.greedy
     if batch.draws is not None:
-        chosen |= batch.draws.temperature > 0
-    return not bool(chosen.all())
+        drawn = batch.draws.temperature > 0
+        chosen = drawn if chosen is None else drawn | chosen
+    return bool(batch.logit_rows.size) if chosen is None else not bool(chosen.all())

@@ -86,38 +86,51 @@ def prefill_size(batch: StepBatch) -> StepSize:
 
 
 def fill(words: I32, size: StepSize, batch: StepBatch, padding_block: int) -> None:
-    """Write a step's inputs into int32 [size.words]."""
-    t, count = size.tokens, batch.tokens
-    lengths = np.diff(batch.span_starts)
-    owners = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
-    positions = batch.past[owners] + np.arange(count, dtype=np.int32) - batch.span_starts[owners]
+    """Write a step's inputs into int32 [size.words]. A decode step waits for this: few numpy calls."""
+    count, spans = batch.tokens, batch.past.size
+    owners, positions = counting(spans), batch.past
+    if count > spans:  # not one token each
+        owners = np.repeat(owners, np.diff(batch.span_starts))
+        positions = (batch.past - batch.span_starts[:-1])[owners] + counting(count)
     blocks = batch.block_tables[owners, positions // KV_BLOCK_TOKENS]
-    fields = np.split(words[: size.fixed], np.cumsum([t, t, t, t, size.rows, size.blocks, size.blocks]))
-    for field, values, rest in (
-        (fields[0], batch.token_ids, 0),
-        (fields[1], positions, 0),
-        (fields[2], blocks * KV_BLOCK_TOKENS + positions % KV_BLOCK_TOKENS, padding_block * KV_BLOCK_TOKENS),
-        (fields[3], owners, 0),
-        (fields[4], batch.logit_rows, 0),
+    slots = blocks * KV_BLOCK_TOKENS + positions % KV_BLOCK_TOKENS
+    starts, counts = _query_blocks(size, batch, owners)
+    at, t = 0, size.tokens
+    for length, values, rest in (
+        (t, batch.token_ids, 0),
+        (t, positions, 0),
+        (t, slots, padding_block * KV_BLOCK_TOKENS),
+        (t, owners, 0),
+        (size.rows, batch.logit_rows, 0),
+        (size.blocks, starts, 0),
+        (size.blocks, counts, 0),
     ):
-        field[: values.size] = values
-        field[values.size :] = rest
-    starts = np.concatenate(
-        [
-            np.arange(a, b, size.queries, dtype=np.int32)
-            for a, b in zip(batch.span_starts, batch.span_starts[1:], strict=False)
-        ]
-    )
-    ends = batch.span_starts[1:][owners[starts]]
-    fields[5][: starts.size] = starts
-    fields[6][: starts.size] = np.minimum(ends - starts, size.queries)
-    fields[5][starts.size :] = 0
-    fields[6][starts.size :] = 0
-    tables = fields[7].reshape(size.sequences, size.table_width)
+        words[at : at + values.size] = values
+        if values.size < length:
+            words[at + values.size : at + length] = rest
+        at += length
+    tables = words[at : size.fixed].reshape(size.sequences, size.table_width)
     given = batch.block_tables[:, : size.table_width]
-    tables[: given.shape[0], : given.shape[1]] = np.maximum(given, 0)  # unused entries are -1, and never read
+    np.maximum(given, 0, out=tables[: given.shape[0], : given.shape[1]])  # unused entries are -1, and never read
     if size.drawn:
         _fill_draws(words[size.draws_at :], size.rows, batch.draws)
+
+
+_FIRST: I32 = np.arange(64, dtype=np.int32)
+
+
+def counting(n: int) -> I32:
+    """0, 1, 2 ... n - 1; not to be written to."""
+    return _FIRST[:n] if n <= _FIRST.size else np.arange(n, dtype=np.int32)
+
+
+def _query_blocks(size: StepSize, batch: StepBatch, owners: I32) -> tuple[I32, I32]:
+    """The first token of every block of queries, and how many it has: at most `size.queries` of one span."""
+    if size.queries == 1:
+        return counting(batch.tokens), np.ones(batch.tokens, np.int32)
+    spans = zip(batch.span_starts, batch.span_starts[1:], strict=False)
+    starts = np.concatenate([np.arange(a, b, size.queries, dtype=np.int32) for a, b in spans])
+    return starts, np.minimum(batch.span_starts[1:][owners[starts]] - starts, size.queries)
 
 
 def _fill_draws(words: I32, rows: int, draws: RowDraws | None) -> None:
