@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from gpulib import shapes
-from haomiao.engine.executors.torch import launch, twins
+from haomiao.engine.executors.torch import drawing, launch, twins
 from haomiao.engine.executors.torch.executor import TorchExecutor
 from haomiao.engine.executors.torch.fast import FastRunner
-from haomiao.types import KV_BLOCK_TOKENS, POINTS, KvType, StepBatch
+from haomiao.types import KV_BLOCK_TOKENS, POINTS, KvType, RowDraws, StepBatch
 
 Check: TypeAlias = tuple[str, float, Callable[[], float]]
 """Name, bound, what gives the error."""
@@ -75,6 +75,8 @@ def groups(device: torch.device) -> dict[str, list[Check]]:
         *((f"gemv after {what} at {point}", 2e-2, partial(fused, device, what, point))
           for what in ("norm", "glu") for point in ("bf16", "int4-w", "int4", "int8")),
         ("greatest, lowest of equals", 0.0, partial(greatest, device)),
+        ("drawn as the twin does", 0.0, partial(drawn, device)),
+        ("drawn alike in any company", 0.0, partial(drawn_in_company, device)),
         ("K and V beyond 2^31 numbers", AGREE["bf16"], partial(far_blocks, device)),
     ]  # fmt: skip
     return found
@@ -201,6 +203,49 @@ def greatest(device: torch.device) -> float:
     return float((out != twins.greatest(logits)).sum())
 
 
+def rows_to_draw(device: torch.device) -> tuple[torch.Tensor, twins.Draws]:
+    """Logits from peaked to nearly flat, with ties, -inf and one NaN, and ways to draw them."""
+    rows, vocab = (48, 151936) if device.type == "cuda" else (8, 600)
+    generator, rng = generator_on(device), np.random.default_rng(0)
+    spread = torch.linspace(6.0, 0.5, rows, device=device)
+    logits = spread[:, None] * torch.randn(rows, vocab, generator=generator, device=device)
+    logits[1::4] = torch.round(logits[1::4])
+    logits[2, ::3] = -torch.inf
+    logits[rows // 2, 100] = torch.nan
+    numbers = (
+        rng.random(rows), rng.choice([1.0, 0.95, 0.5], rows), rng.choice([0.5, 0.7, 1.0], rows).astype(np.float32),
+        rng.choice([0.0, 0.05], rows).astype(np.float32), rng.choice([0, 1, 20, 200], rows).astype(np.int32),
+    )  # fmt: skip
+    return logits, twins.Draws(*(torch.from_numpy(each).to(device) for each in numbers))
+
+
+def draw_on(logits: torch.Tensor, draws: twins.Draws) -> torch.Tensor:
+    """What the kernels draw."""
+    out = torch.zeros(logits.shape[0], dtype=torch.int32, device=logits.device)
+    drawing.draw(out, logits, twins.greatest(logits), draws)
+    return out
+
+
+def drawn(device: torch.device) -> float:
+    """Rows whose tokens are others than the twin's; and 1 more if most are left open."""
+    logits, draws = rows_to_draw(device)
+    ours, theirs = draw_on(logits, draws), twins.draw(logits, draws)
+    both = (ours >= 0) & (theirs >= 0)
+    return float((both & (ours != theirs)).sum()) + float(2 * both.sum() < len(ours))
+
+
+def drawn_in_company(device: torch.device) -> float:
+    """Rows that come out otherwise alone, or again."""
+    logits, draws = rows_to_draw(device)
+    together = draw_on(logits, draws)
+    differing = float((together != draw_on(logits, draws)).sum())
+    parts = (draws.uniform, draws.top_p, draws.temperature, draws.min_p, draws.top_k)
+    for row in range(0, len(logits), 5):
+        alone = draw_on(logits[row : row + 1], twins.Draws(*(each[row : row + 1].clone() for each in parts)))
+        differing += float((alone != together[row : row + 1]).sum())
+    return differing
+
+
 # ---- whole steps ----------------------------------------------------------------------------------------------------
 
 
@@ -269,16 +314,17 @@ def graphs(device: torch.device, storage: str, point: str, kv: KvType) -> float:
 
 
 def launches(device: torch.device, storage: str, point: str, kv: KvType) -> float:
-    """What the host launches in a greedy decode step of one token and of five, beyond one graph."""
+    """What the host launches in a decode step of one token and of five, greedy and drawn, beyond one graph."""
     if device.type != "cuda":
         return 0.0
     executor = TorchExecutor.of_model(
         shapes.make("tiny", storage, device, kv_type=kv, kv_blocks=200).model, points=(point,), max_step_tokens=64
     )
     extra = 0
-    for spans in ([(90, 1)], [(90, 1)] * 5):
-        batch = batch_of(0, point, spans)
-        batch.greedy = np.ones(len(spans), np.bool_)
+    for count, is_drawn in ((1, False), (5, False), (1, True), (5, True)):
+        batch = batch_of(0, point, [(90, 1)] * count)
+        batch.greedy = np.full(count, not is_drawn)
+        batch.draws = drawing_of(count) if is_drawn else None
         for _ in range(3):
             executor.step(batch)
         seen = host_calls(partial(executor.step, batch))
@@ -287,6 +333,12 @@ def launches(device: torch.device, storage: str, point: str, kv: KvType) -> floa
             raise RuntimeError("the profiler saw nothing")
         extra += sum(seen.values()) - graph + abs(graph - 1)
     return float(extra)
+
+
+def drawing_of(rows: int) -> RowDraws:
+    """Top-k of 20, which the candidates always decide."""
+    ones = np.ones(rows)
+    return RowDraws(ones.astype(np.float32), np.full(rows, 20, np.int32), ones, 0 * ones.astype(np.float32), 0.5 * ones)
 
 
 def host_calls(step: Callable[[], Any]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 
 from gpulib import baselines, shapes
 from haomiao.engine.executors.torch.executor import TorchExecutor
-from haomiao.types import StepBatch
+from haomiao.types import RowDraws, StepBatch
 
 CONTEXT = 512
 BATCHES = (1, 8, 64)
@@ -33,6 +34,16 @@ def decode_batch(point: str, batch: int, context: int) -> StepBatch:
         np.arange(batch * width, dtype=np.int32).reshape(batch, width), np.arange(batch, dtype=np.int32), point,
         np.ones(batch, np.bool_),
     )  # fmt: skip
+
+
+def drawn_batch(point: str, batch: int, context: int, top_k: int = 50) -> StepBatch:
+    """The same, every row drawn; top-k of 0 leaves the walk to the whole row, which random weights make nearly flat."""
+    given, ones = decode_batch(point, batch, context), np.ones(batch)
+    given.greedy = None
+    given.draws = RowDraws(
+        ones.astype(np.float32), np.full(batch, top_k, np.int32), ones, 0 * ones.astype(np.float32), 0.5 * ones
+    )
+    return given
 
 
 def prefill_batch(point: str, tokens: int) -> StepBatch:
@@ -107,6 +118,17 @@ def ours(
     for point in chosen:
         for batch in BATCHES:
             yield decode(made, executor, shape, point, batch, top)
+    for batch, top_k in itertools.product(BATCHES, (50, 0)):
+        times = timed(partial(executor.step, drawn_batch(chosen[0], batch, CONTEXT, top_k)), LEAST // 3)
+        yield {
+            "model": shape,
+            "point": chosen[0],
+            "engine": "haomiao",
+            "what": "drawn",
+            "rows": batch,
+            "top_k": top_k,
+            **spread(times),
+        }
     for point in chosen[:1]:
         for what, tokens in (("prefill", PREFILL), ("ttft", TTFT)):
             times = timed(partial(executor.step, prefill_batch(point, tokens)), 8, warm=2)

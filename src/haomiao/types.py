@@ -64,6 +64,20 @@ POINTS: Mapping[str, Point] = {
 
 
 @dataclass(slots=True)
+class RowDraws:
+    """How rows of logits are drawn, in the meaning and order of `engine.draw`: one number each per row, [rows]."""
+
+    temperature: F32
+    """0: the row is not drawn, and its other numbers mean nothing."""
+    top_k: I32
+    """0 keeps all."""
+    top_p: F64
+    min_p: F32
+    uniform: F64
+    """In [0, 1): `engine.random.uniform` of the row's seed, position and sample."""
+
+
+@dataclass(slots=True)
 class StepBatch:
     """What one step computes. Tokens of several sequences lie one after the other; a sequence's tokens are a span.
 
@@ -85,6 +99,9 @@ class StepBatch:
     hidden_rows: I32 | None = None
     """[hidden rows] indexes into token_ids whose final hidden states are wanted, ascending; they may be those of
     `logit_rows` or others. None: none."""
+    draws: RowDraws | None = None
+    """How rows are to be drawn of which nothing but the drawn token is wanted; only for executors whose attribute
+    `draws` is True. None: no row is drawn."""
 
     @property
     def tokens(self) -> int:
@@ -94,7 +111,7 @@ class StepBatch:
 @dataclass(slots=True)
 class StepResult:
     """What one step returns. `logits` may be a view that the next step overwrites: copy what must outlive it. Rows that
-    were `greedy` may hold anything; their argmax is exact."""
+    were `greedy` or `drawn` may hold anything; the argmax of all rows is exact."""
 
     logits: F32  # [rows, vocab]
     argmax: I32  # [rows] the lowest token id among the greatest logits
@@ -102,11 +119,17 @@ class StepResult:
     hidden: F32 | None = None
     """[hidden rows, hidden_size] what the vocabulary head is multiplied with, after the final norm: of
     `hidden_rows`, in their order, depending on the token and what is before it alone; None if none were wanted."""
+    drawn: I32 | None = None
+    """[rows] the tokens of the rows that `StepBatch.draws` names. -1: the row was not to be drawn, or the executor left
+    it open (also where logits are not finite), and its logits are there. None: the executor draws nothing."""
 
 
 @runtime_checkable
 class Executor(Protocol):
-    """Runs a plan, one whole step per call. Everything above it is the same for every device."""
+    """Runs a plan, one whole step per call. Everything above it is the same for every device.
+
+    One with an attribute `draws` that is True takes `StepBatch.draws`; the others are never given any.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -319,7 +342,8 @@ class Observer(Protocol):
     """Receives what happened; the engine knows nothing more about it (the monitor and the metrics are observers)."""
 
     def on_step(self, batch: StepBatch, result: StepResult) -> None:
-        """A step was computed. `result.logits` of rows that are True in `batch.greedy` may hold anything."""
+        """A step was computed. `result.logits` of rows that are True in `batch.greedy`, or that `result.drawn` has a
+        token of, may hold anything."""
         ...
 
     def on_finish(self, receipt: Receipt) -> None: ...

@@ -15,14 +15,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from haomiao.engine.executors.torch import launch
+from haomiao.engine.executors.torch import drawing, launch
 from haomiao.engine.executors.torch.matrices import DeviceMatrix
 from haomiao.engine.executors.torch.memory import make_memory
+from haomiao.engine.executors.torch.twins import Draws
 from haomiao.types import POINTS
 
 TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
 CAPABILITIES = (90,)
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
@@ -83,6 +84,7 @@ def main() -> None:
         *((launch.several, name) for name in ("prepare", "gemm_codes")),
         *((launch.rowwise, name) for name in ("embed", "norm", "gate", "add", "greatest_parts", "greatest")),
         *((launch.attention, name) for name in ("store", "attend", "merge")),
+        *((drawing.kernels, name) for name in ("chunks", "candidates", "order", "tokens", "tail")),
     ):
         setattr(module, name, Recorder(getattr(module, name)))
     launch.dependence = lambda device: {"DEPENDENT": True, "launch_pdl": True}
@@ -122,6 +124,9 @@ def main() -> None:
         launch.store(q, qkv, memory, ids, ids, heads)
         queries = launch.Queries(ids, ids.view(5, 4), ids, ids, ids, 1 if splits > 1 else 16, 256, splits)
         launch.attend(q, q, memory, queries, heads)
+    wide, narrow = torch.zeros(20, dtype=torch.float64), torch.zeros(20)
+    for vocab in (300, 151936):
+        drawing.draw(ids, torch.zeros(20, vocab), ids, Draws(wide, wide, narrow, narrow, ids))
     print(f"compiled {len(done)} kernels for sm_{', sm_'.join(map(str, CAPABILITIES))}")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from haomiao.engine.random import fresh_seed, philox4x32, uniform
+from haomiao.engine.random import fresh_seed, philox4x32, uniform, uniforms
 
 
 @pytest.mark.parametrize(
@@ -40,3 +42,8 @@ def test_uniform_is_uniform_and_its_arguments_matter() -> None:
 def test_fresh_seeds_differ_and_survive_json() -> None:
     seeds = {fresh_seed() for _ in range(100)}
     assert len(seeds) == 100 and all(0 <= seed < 1 << 53 for seed in seeds)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.integers(0, 2**32 - 1)), max_size=20))
+def test_many_at_once_are_the_same(counters: list[tuple[int, int, int]]) -> None:
+    assert uniforms(counters).tolist() == [uniform(*each) for each in counters]

@@ -11,6 +11,7 @@ import numpy as np
 
 from haomiao.engine.choice import ChoicePrompt, option_tokens
 from haomiao.engine.cost import StepShape
+from haomiao.engine.draw import Drawing, row_draws
 from haomiao.engine.forecast import Work
 from haomiao.engine.generation import Generation
 from haomiao.engine.scheduler import Branches, SequenceView
@@ -171,14 +172,16 @@ def _work(
     )
 
 
-def make_batch(point: str, shares: list[Share]) -> StepBatch:
-    """The step's tokens, one sequence after the other. Room for them was made already."""
+def make_batch(point: str, shares: list[Share], draws: bool = False) -> StepBatch:
+    """The step's tokens, one sequence after the other. Room for them was made already. `draws`: the executor draws rows
+    by itself where that is all that is wanted of them."""
     token_ids: list[int] = []
     starts = [0]
     past: list[int] = []
     rows: list[int] = []
     hidden: list[int] = []
     greedy: list[bool] = []
+    drawings: list[Drawing | None] = []
     copies: list[tuple[int, int]] = []
     tables = np.full((len(shares), max(len(share.sequence.kv.blocks) for share in shares)), -1, dtype=np.int32)
     for index, share in enumerate(shares):
@@ -189,6 +192,8 @@ def make_batch(point: str, shares: list[Share]) -> StepBatch:
         rows += range(len(token_ids) - share.rows, len(token_ids))
         hidden += range(len(token_ids) - share.hidden, len(token_ids))
         greedy += [share.sequence.argmax_suffices] * share.rows
+        if draws:
+            drawings += share.sequence.drawings(share.rows)
         starts.append(len(token_ids))
         past.append(before)
         tables[index, : len(state.blocks)] = state.snapshot()
@@ -203,6 +208,7 @@ def make_batch(point: str, shares: list[Share]) -> StepBatch:
         np.array(greedy, dtype=np.bool_),
         np.array(copies, dtype=np.int32) if copies else None,
         np.array(hidden, dtype=np.int32) if hidden else None,
+        row_draws(drawings),
     )
 
 

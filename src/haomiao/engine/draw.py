@@ -8,13 +8,16 @@ thousand entries costs two milliseconds instead of a sort's twenty. Knows nothin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from haomiao.engine.order import descending, largest
-from haomiao.types import F32
+from haomiao.engine.random import uniforms
+from haomiao.types import F32, RowDraws
 
 _FIRST_LOOK = 256
 _BINS = 4096
@@ -31,6 +34,36 @@ class Filters:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+
+
+class Drawing(NamedTuple):
+    """One row of `types.RowDraws`: what an executor needs to draw it by itself, and what the uniform number is of."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    position: int
+    sample: int
+
+
+def row_draws(drawings: Sequence[Drawing | None]) -> RowDraws | None:
+    """One for each row of a step; None if no row is drawn."""
+    if not any(drawings):
+        return None
+    columns = zip(*(drawing or _NOT_DRAWN for drawing in drawings), strict=True)
+    temperature, top_k, top_p, min_p, *counter = columns
+    return RowDraws(
+        np.array(temperature, np.float32),
+        np.array(top_k, np.int32),
+        np.array(top_p, np.float64),
+        np.array(min_p, np.float32),
+        uniforms(list(zip(*counter, strict=True))),
+    )
+
+
+_NOT_DRAWN = Drawing(0.0, 0, 1.0, 0.0, 0, 0, 0)
 
 
 def draw(scaled: F32, filters: Filters, uniform: float) -> int:

@@ -41,12 +41,12 @@ class Emission:
         now = self._clock()
         row = state = 0
         for index, share in enumerate(shares):
-            sequence, logits, argmax = share.sequence, result.logits, result.argmax
+            sequence = share.sequence
             first, row = row, row + share.rows
             seen, state = state, state + share.hidden
             if sequence.state is None:
                 continue  # its request failed a moment ago, with another sample
-            rows = Rows(sequence.length - share.rows, logits[first:row], argmax[first:row]) if share.rows else None
+            rows = _rows(sequence.length - share.rows, result, first, row) if share.rows else None
             try:
                 sequence.account(point, share.tokens)
                 if share.hidden and result.hidden is not None:
@@ -81,6 +81,12 @@ class Emission:
                 each.sequence.score(rows)
             if not each.tokens:
                 self._reporter.tell(each.sequence, each.sequence.consume(None), self._clock())
+
+
+def _rows(position: int, result: StepResult, first: int, end: int) -> Rows:
+    """Rows `first` to `end` of a step; the first one is that of `position`."""
+    drawn = None if result.drawn is None else result.drawn[first:end]
+    return Rows(position, result.logits[first:end], result.argmax[first:end], drawn)
 
 
 def take_back(shares: SequenceOf[Share]) -> None:

@@ -122,6 +122,7 @@ class Engine:
         self._emission = Emission(self._roster, self._reporter, self._speculator, self.monitor, clock)
         self._max_requests = max_requests
         self._max_rows = int(getattr(executor, "max_logit_rows", executor.max_step_tokens))
+        self._draws = bool(getattr(executor, "draws", False))
         self._max_sequences = int(getattr(executor, "max_sequences", executor.max_step_tokens))
         self._ids = itertools.count(1)
         self._inbox: deque[Job] = deque()
@@ -399,7 +400,7 @@ class Engine:
             return None
         try:
             self._speculator.fill(point, shares)
-            batch = make_batch(point, shares)
+            batch = make_batch(point, shares, self._draws)
             result = self.executor.step(batch)
             self._looked = self.monitor.stepped(point, shares, batch, result, self._spare_ns)
         except BaseException as error:

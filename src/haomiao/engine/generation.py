@@ -7,6 +7,7 @@ number of tokens that it is told are left.
 from __future__ import annotations
 
 from haomiao.engine import masks
+from haomiao.engine.draw import Drawing
 from haomiao.engine.logprobs import log_softmax_at
 from haomiao.engine.request import FinishDetail
 from haomiao.engine.sampler import Sampler
@@ -49,9 +50,22 @@ class Generation(Sequence):
 
     @property
     def argmax_suffices(self) -> bool:
+        return self._only_chosen and self._sampler.argmax_suffices(self.produced)
+
+    def drawings(self, rows: int) -> list[Drawing | None]:
+        if not self._only_chosen or self._unforked:  # each sample draws for itself
+            return [None] * rows
+        return [
+            self._sampler.drawing(self.produced + index, len(self.tokens) + index)  # the row of the token before it
+            for index in range(rows)
+        ]
+
+    @property
+    def _only_chosen(self) -> bool:
+        """True if rows of the next step serve to choose tokens only, from all there are."""
         if self._left is not None and self._left <= 1 + len(self.draft):
             return False  # the last token is chosen among those that end a sentence
-        return self.rows_from is None and self._constraint is None and self._sampler.argmax_suffices(self.produced)
+        return self.rows_from is None and self._constraint is None
 
     def branches(self) -> list[Sequence]:
         if self.length < self.target:
@@ -64,7 +78,9 @@ class Generation(Sequence):
             self._score_prompt(rows)
         if rows is None or self.length < self.target:
             return Progress()
-        return self._verify(rows) if self.draft else self.advance(rows.logits[-1], int(rows.argmax[-1]))
+        return (
+            self._verify(rows) if self.draft else self.advance(rows.logits[-1], int(rows.argmax[-1]), rows.drawn_at(-1))
+        )
 
     def close_early(self) -> Progress | None:
         """End now. What a grammar needs to be whole is added: those tokens cost no step."""
@@ -124,7 +140,8 @@ class Generation(Sequence):
         progress = Progress()
         stood = 0
         while progress.detail is None and stood == len(self.tokens) - before:
-            self._choose(rows.logits[first + stood], int(rows.argmax[first + stood]), progress)
+            at = first + stood
+            self._choose(rows.logits[at], int(rows.argmax[at]), rows.drawn_at(at), progress)
             for drafted, token_id in zip(draft[stood:], self.tokens[before + stood :], strict=False):
                 if drafted != token_id:
                     break
@@ -135,18 +152,18 @@ class Generation(Sequence):
         self.schedule[-1].tokens += stood - len(draft)
         return progress
 
-    def advance(self, logits: F32, argmax: int) -> Progress:
-        """Choose the next token."""
+    def advance(self, logits: F32, argmax: int, drawn: int = -1) -> Progress:
+        """Choose the next token. `drawn` is what the executor drew by `drawings`, -1: nothing."""
         progress = Progress()
-        self._choose(logits, argmax, progress)
+        self._choose(logits, argmax, drawn, progress)
         return progress
 
-    def _choose(self, logits: F32, argmax: int, progress: Progress) -> None:
+    def _choose(self, logits: F32, argmax: int, drawn: int, progress: Progress) -> None:
         """Choose the next token; take what the grammar forces after it along, since that needs no logits."""
         before = self.produced
         mask = self._last_words() if self._constraint is None else self._allowed()
         token_id, logprob = self._sampler.choose(
-            logits, argmax, position=len(self.tokens), produced=self.produced, mask=mask
+            logits, argmax, position=len(self.tokens), produced=self.produced, mask=mask, drawn=drawn
         )
         self._take(token_id, logprob, progress)
         while progress.detail is None and self.job.request.sampling.logprobs is None:

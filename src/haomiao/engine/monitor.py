@@ -182,7 +182,8 @@ class Monitor:
         past, blocks = int(batch.past[index]), share.sequence.kv.blocks
         try:
             found = self._last(other, span, past, blocks)
-            if batch.greedy is not None and batch.greedy[row]:  # only its argmax was computed
+            chosen = batch.greedy is not None and bool(batch.greedy[row])
+            if chosen or (result.drawn is not None and result.drawn[row] >= 0):  # nothing else of it is here
                 served = self._last(point, span, past, blocks)
             else:
                 served = result.logits[row : row + 1]

@@ -16,12 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from haomiao.engine import masks
-from haomiao.engine.draw import Filters, draw
+from haomiao.engine.draw import Drawing, Filters, draw
 from haomiao.engine.logprobs import log_softmax_at
 from haomiao.engine.random import uniform
 from haomiao.engine.validate import validate as validate
 from haomiao.errors import EngineError
 from haomiao.types import F32, U32, SamplingParams, TokenLogprob
+
+LEAST_TEMPERATURE = 1e-6
+"""What is less counts as this, so that nothing overflows."""
 
 
 class Sampler:
@@ -76,15 +79,29 @@ class Sampler:
         """True if `choose` after `produced` tokens, without a mask, will not look at the logits."""
         return self._plain and not (produced < self.params.min_tokens and self.end_ids)
 
+    def drawing(self, produced: int, position: int) -> Drawing | None:
+        """How a row is drawn of which `choose` after `produced` tokens, without a mask, reads nothing else; None if it
+        reads more, or does not draw."""
+        params = self.params
+        if params.temperature == 0.0 or self._changes_logits or params.logprobs is not None:
+            return None
+        if produced < params.min_tokens and self.end_ids:
+            return None
+        top_k = params.top_k if params.top_k < self.vocab_size else 0
+        temperature = max(params.temperature, LEAST_TEMPERATURE)
+        return Drawing(temperature, top_k, params.top_p, params.min_p, self.seed, position, self.sample)
+
     def choose(
-        self, logits: F32, argmax: int, *, position: int, produced: int, mask: U32 | None = None
+        self, logits: F32, argmax: int, *, position: int, produced: int, mask: U32 | None = None, drawn: int = -1
     ) -> tuple[int, TokenLogprob | None]:
         """The next token and, if asked for, its log-probability.
 
         `logits` is float32 [vocab] and is not changed; `argmax` is the executor's. `position` is the absolute position
-        of the token that is chosen, `produced` how many were before it. Raises `EngineError` for logits that are not
-        finite, or if nothing is allowed.
+        of the token that is chosen, `produced` how many were before it. `drawn` is what the executor drew by `drawing`,
+        -1: nothing. Raises `EngineError` for logits that are not finite, or if nothing is allowed.
         """
+        if drawn >= 0:
+            return drawn, None
         withheld = self.end_ids if produced < self.params.min_tokens else ()
         greedy = self.params.temperature == 0.0
         if self._plain and argmax not in withheld and (mask is None or masks.contains(mask, argmax)):
@@ -135,6 +152,6 @@ class Sampler:
     def _draw(self, row: F32, peak: float, position: int) -> int:
         """Temperature, top-k, top-p, min-p, then the inverse of the cumulative distribution."""
         params = self.params
-        scaled = (row - np.float32(peak)) / np.float32(max(params.temperature, 1e-6))
+        scaled = (row - np.float32(peak)) / np.float32(max(params.temperature, LEAST_TEMPERATURE))
         filters = Filters(params.top_k, params.top_p, params.min_p)
         return draw(scaled, filters, uniform(self.seed, position, self.sample))

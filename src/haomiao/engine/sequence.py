@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from haomiao.engine.draw import Drawing
 from haomiao.engine.logprobs import log_normalizer
 from haomiao.engine.origin import Origin
 from haomiao.engine.prefix import PrefixNames
@@ -84,7 +85,12 @@ class Rows:
     first: int
     logits: F32  # [rows, vocab]
     argmax: I32  # [rows]
+    drawn: I32 | None = None  # [rows] tokens that the executor drew, -1: none
     _normalizers: dict[int, float] = field(default_factory=dict)
+
+    def drawn_at(self, index: int) -> int:
+        """What the executor drew of a row; -1: nothing, look at the logits."""
+        return -1 if self.drawn is None else int(self.drawn[index])
 
     def normalizer(self, position: int) -> float:
         """log(sum(exp(logits))) of a position's row, computed once for all that ask."""
@@ -179,6 +185,10 @@ class Sequence:
     def argmax_suffices(self) -> bool:
         """True if the rows of the next step are read for nothing but their argmax."""
         return False
+
+    def drawings(self, rows: int) -> list[Drawing | None]:
+        """How each of the next step's `rows` last rows is drawn, where nothing else of them is read; else None."""
+        return [None] * rows
 
     def branches(self) -> list[Sequence]:
         """New sequences with the same past that begin here; they consume the same rows. Asked for before `consume`."""

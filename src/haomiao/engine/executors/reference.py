@@ -176,25 +176,38 @@ def check_batch(batch: StepBatch, executor: Any) -> None:
     if batch.token_ids.min() < 0 or batch.token_ids.max() >= executor.vocab_size:
         raise InputError(f"a token id is outside the vocabulary of {executor.vocab_size}", param="token_ids")
     starts = batch.span_starts
-    if starts.size < 2 or starts[0] != 0 or starts[-1] != tokens or (np.diff(starts) < 1).any():
+    if starts.size < 2 or starts[0] != 0 or starts[-1] != tokens or ((spans := starts[1:] - starts[:-1]) < 1).any():
         raise InputError("span_starts must ascend from 0 to the number of tokens")
     sequences = starts.size - 1
-    if batch.past.shape != (sequences,) or batch.block_tables.shape[:1] != (sequences,) or (batch.past < 0).any():
+    if batch.past.shape != (sequences,) or batch.block_tables.shape[:1] != (sequences,) or batch.past.min() < 0:
         raise InputError("past and block_tables must have a row for every span")
-    lengths = batch.past.astype(np.int64) + np.diff(starts)
-    if lengths.max() > executor.plan.max_context:
-        index = int(lengths.argmax())
-        raise InputError(f"span {index} reaches position {lengths[index]}, the context is {executor.plan.max_context}")
-    needed, tables = -(-lengths // KV_BLOCK_TOKENS), batch.block_tables
-    used = np.arange(tables.shape[1]) < needed[:, None]
-    wrong = (used & ((tables < 0) | (tables >= executor.kv_blocks))).any(axis=1) | (needed > tables.shape[1])
-    if wrong.any():
-        raise InputError(f"the block table of span {int(wrong.argmax())} does not cover its positions")
+    lengths, tables = batch.past.astype(np.int64) + spans, batch.block_tables
+    longest = int(lengths.max())
+    if longest > executor.plan.max_context:
+        raise InputError(
+            f"span {int(lengths.argmax())} reaches position {longest}, the context is {executor.plan.max_context}"
+        )
+    if not _cover(lengths, longest, tables, executor.kv_blocks):
+        needed = -(-lengths // KV_BLOCK_TOKENS)
+        used = np.arange(tables.shape[1]) < needed[:, None]
+        wrong = (used & ((tables < 0) | (tables >= executor.kv_blocks))).any(axis=1) | (needed > tables.shape[1])
+        if wrong.any():
+            raise InputError(f"the block table of span {int(wrong.argmax())} does not cover its positions")
     for name, rows in (("logit_rows", batch.logit_rows), ("hidden_rows", batch.hidden_rows)):
         if rows is not None and rows.size and (rows.min() < 0 or rows.max() >= tokens or (np.diff(rows) < 1).any()):
             raise InputError(f"{name} must ascend within the step's tokens", param=name)
     if batch.copies is not None:
         check_copies(batch.copies, tokens, executor.kv_blocks)
+
+
+def _cover(lengths: npt.NDArray[np.int64], longest: int, tables: I32, kv_blocks: int) -> bool:
+    """True if the tables are plainly right: every sequence needs all columns, and all blocks exist. A look that costs
+    little; False says nothing yet."""
+    columns = -(-longest // KV_BLOCK_TOKENS)
+    if columns > tables.shape[1] or int(lengths.min()) <= (columns - 1) * KV_BLOCK_TOKENS:
+        return False
+    used = tables[:, :columns]
+    return bool(used.min() >= 0 and used.max() < kv_blocks)
 
 
 def check_copies(copies: I32, tokens: int, kv_blocks: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from haomiao.engine.draw import row_draws
 from haomiao.engine.generation import Generation
 from haomiao.engine.speculate.costs import StepCosts
 from haomiao.errors import HaomiaoError
@@ -45,7 +46,7 @@ def run_rounds(executor: Executor, point: str, tracks: Sequence[Track], costs: S
     """
     total = 0
     while going := _fitting(tracks, executor.max_step_tokens):
-        batch = _batch(going, point)
+        batch = _batch(going, point, bool(getattr(executor, "draws", False)))
         result = executor.step(batch)
         total += result.elapsed_ns
         if batch.tokens == len(going):
@@ -53,7 +54,8 @@ def run_rounds(executor: Executor, point: str, tracks: Sequence[Track], costs: S
         for index, track in enumerate(going):
             track.computed = len(track.shadow.tokens)
             try:
-                progress = track.shadow.advance(result.logits[index], int(result.argmax[index]))
+                drawn = -1 if result.drawn is None else int(result.drawn[index])
+                progress = track.shadow.advance(result.logits[index], int(result.argmax[index]), drawn)
             except HaomiaoError:  # logits that are not finite, say: what was drafted before may still stand
                 track.open = False
                 continue
@@ -77,8 +79,8 @@ def _fitting(tracks: Sequence[Track], most: int) -> list[Track]:
     return going
 
 
-def _batch(tracks: Sequence[Track], point: str) -> StepBatch:
-    """The tokens that are not computed yet, the last row of each track."""
+def _batch(tracks: Sequence[Track], point: str, draws: bool) -> StepBatch:
+    """The tokens that are not computed yet, the last row of each track, drawn by the executor if it `draws`."""
     token_ids: list[int] = []
     starts = [0]
     tables = np.full((len(tracks), max(track.table.shape[0] for track in tracks)), -1, np.int32)
@@ -95,4 +97,5 @@ def _batch(tracks: Sequence[Track], point: str) -> StepBatch:
         span_starts[1:] - 1,
         point,
         np.array([track.shadow.argmax_suffices for track in tracks], np.bool_),
+        draws=row_draws([track.shadow.drawings(1)[0] for track in tracks]) if draws else None,
     )

@@ -37,6 +37,9 @@ class TorchExecutor:
     and `UnavailableError` if the device, or memory on it, is not there.
     """
 
+    draws = True
+    """Rows that `StepBatch.draws` names are drawn on the device."""
+
     def __init__(
         self,
         plan: ops.Plan,
@@ -107,18 +110,22 @@ class TorchExecutor:
                 self._fast.prepare()
 
     def step(self, batch: StepBatch) -> StepResult:
-        """Compute one step. `logits` is a view that the next step overwrites; of greedy rows it may hold anything."""
+        """Compute one step. `logits` is a view that the next step overwrites; of greedy and drawn rows it may hold
+        anything."""
         began = time.monotonic_ns()
         model = self._open()
         check_batch(batch, self)
+        check_draws(batch)
+        drawn: I32 | None
         if self._fast is not None:
-            logits, argmax, hidden = self._fast.step(batch)
+            logits, argmax, drawn, hidden = self._fast.step(batch)
         else:
             with torch.inference_mode():
-                found, places, states = run_slowly(model, batch)
+                found, places, tokens, states = run_slowly(model, batch)
             logits, argmax = found.cpu().numpy(), places.cpu().numpy().astype(np.int32)
+            drawn = None if tokens is None else tokens.cpu().numpy()
             hidden = None if states is None else states.cpu().numpy()
-        return StepResult(logits, argmax, time.monotonic_ns() - began, hidden)
+        return StepResult(logits, argmax, time.monotonic_ns() - began, hidden, drawn)
 
     def copy_blocks(self, pairs: I32) -> None:
         """Copy KV blocks of every layer: [n, 2] (from, to), in order."""
@@ -142,6 +149,16 @@ class TorchExecutor:
         if self._model is None:
             raise InputError("the executor is closed")
         return self._model
+
+
+def check_draws(batch: StepBatch) -> None:
+    """Raises `InputError` unless every row has its numbers."""
+    draws, shape = batch.draws, batch.logit_rows.shape
+    if draws is None:
+        return
+    for name in ("temperature", "top_k", "top_p", "min_p", "uniform"):
+        if getattr(draws, name).shape != shape:
+            raise InputError(f"draws must have one {name} for every row", param="draws")
 
 
 def check_points(points: Sequence[str]) -> None:

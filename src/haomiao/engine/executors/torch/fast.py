@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from haomiao.engine.executors.torch import drawing, launch
 from haomiao.engine.executors.torch import inputs as step_inputs
-from haomiao.engine.executors.torch import launch
 from haomiao.engine.executors.torch.copies import copied_slots
 from haomiao.engine.executors.torch.inputs import StepInputs, StepSize
 from haomiao.engine.executors.torch.lowering import AttentionStage, MatrixStage, lower
@@ -43,8 +44,8 @@ class _Launch:
     words: Tensor  # int32, on the device
     host_words: Tensor  # int32, pinned
     logits: Tensor  # f32 [rows, vocab]
-    argmax: Tensor  # int32 [rows]
-    host_argmax: Tensor  # int32, pinned
+    chosen: Tensor  # int32 [1 or 2, rows]: the places of the greatest, and what was drawn
+    host_chosen: Tensor  # int32, pinned
     graph: Any = None
     used: bool = False
     copies: Tensor | None = None
@@ -68,16 +69,16 @@ class FastRunner:
             self._logits = torch.zeros(BUCKETS[-1], model.plan.vocab_size, device=model.device)
             self._host_logits = self._pinned((BUCKETS[-1], model.plan.vocab_size), torch.float32)
         self._shapes = {s.op.layer: self._heads(s) for s in self.stages if isinstance(s, AttentionStage)}
-        self._launches: dict[tuple[str, int, int], _Launch] = {}
+        self._launches: dict[tuple[str, int, int, bool], _Launch] = {}
         self._pool: Any = None
         self.launches = 0
         """Launches of the last step that the host made: 1 for a graph."""
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
-    def step(self, batch: StepBatch) -> tuple[F32, I32, F32 | None]:
-        """Logits [rows, vocab] (of a step of greedy rows alone, unspecified), the places of their greatest, and the
-        hidden states that were asked for."""
+    def step(self, batch: StepBatch) -> tuple[F32, I32, I32 | None, F32 | None]:
+        """Logits [rows, vocab] (unspecified where they are not wanted), the places of their greatest, the tokens that
+        were drawn, and the hidden states that were asked for."""
         rows = int(batch.logit_rows.size)
         with torch.inference_mode():
             copied = copied_slots(batch)
@@ -90,11 +91,23 @@ class FastRunner:
                 made.copies = None if copied is None else torch.from_numpy(copied).to(self.model.device)
                 step_inputs.fill(made.host_words.numpy(), made.size, batch, self.model.kv_blocks)
                 self._eager(POINTS[batch.point], made)
-            whole = batch.greedy is None or not bool(batch.greedy.all())
+            whole = _wanted(batch)
             logits = self._fetched(made.logits[:rows], whole)
             hidden = None if batch.hidden_rows is None else self._hidden(batch.hidden_rows)
             self._wait()
-            return logits, made.host_argmax.numpy()[:rows].copy(), hidden
+            chosen = made.host_chosen.numpy()[:, :rows].copy()
+            if batch.draws is None:
+                return logits, chosen[0], None, hidden
+            if not whole:
+                self._bring(np.flatnonzero((batch.draws.temperature > 0) & (chosen[1] < 0)), made.logits, logits)
+            return logits, chosen[0], chosen[1], hidden
+
+    def _bring(self, rows: npt.NDArray[np.int64], logits: Tensor, found: F32) -> None:
+        """Copy rows that were not decided to the host; they stay on the device until the next step."""
+        for row in rows.tolist():
+            torch.from_numpy(found[row]).copy_(logits[row], non_blocking=True)
+        if rows.size:
+            self._wait()
 
     def _hidden(self, rows: I32) -> F32:
         """Hidden states [hidden rows, hidden] after the step, whose buffers still hold what stands before the head."""
@@ -116,9 +129,9 @@ class FastRunner:
         answer waits for it."""
         reaches = self.contexts if contexts is None else tuple(self._context_bucket(each) for each in contexts)
         with torch.inference_mode():
-            for point, bucket in itertools.product(self.points, tokens):
+            for point, bucket, drawn in itertools.product(self.points, tokens, (False, True)):
                 for context in reaches:
-                    made = self._kept(point, bucket, context)
+                    made = self._kept(point, bucket, context, drawn)
                     self._empty(made)
                     for _ in range(2):
                         self._run(point, made)
@@ -181,10 +194,13 @@ class FastRunner:
         """Everything between the host's inputs and the host's tokens."""
         self.launches = 0
         made.words.copy_(made.host_words, non_blocking=True)
-        self._stages(point, step_inputs.views(made.words, made.size), made)
+        given = step_inputs.views(made.words, made.size)
+        self._stages(point, given, made)
         if made.size.rows:
-            launch.greatest(made.argmax, made.logits)
-            made.host_argmax.copy_(made.argmax, non_blocking=True)
+            launch.greatest(made.chosen[0], made.logits)
+            if given.draws is not None:
+                drawing.draw(made.chosen[1], made.logits, made.chosen[0], given.draws)
+            made.host_chosen.copy_(made.chosen, non_blocking=True)
 
     def _fetched(self, logits: Tensor, wanted: bool) -> F32:
         """Logits on the host, once `_wait` returned."""
@@ -210,8 +226,9 @@ class FastRunner:
     def _launch_for(self, batch: StepBatch) -> _Launch:
         """The launch of the least bucket that the step fits into."""
         bucket = next(each for each in BUCKETS if each >= batch.tokens)
-        reach = int((batch.past + np.diff(batch.span_starts)).max())
-        return self._kept(batch.point, bucket, self._context_bucket(reach))
+        one_each = batch.tokens == batch.past.size
+        reach = int(batch.past.max()) + 1 if one_each else int((batch.past + np.diff(batch.span_starts)).max())
+        return self._kept(batch.point, bucket, self._context_bucket(reach), batch.draws is not None)
 
     def _context_bucket(self, reach: int) -> int:
         context = FIRST_CONTEXT
@@ -219,10 +236,10 @@ class FastRunner:
             context *= CONTEXT_STEP
         return min(context, -(-self.model.plan.max_context // 32) * 32)
 
-    def _kept(self, point: str, tokens: int, context: int) -> _Launch:
-        key = (point, tokens, context)
+    def _kept(self, point: str, tokens: int, context: int, drawn: bool) -> _Launch:
+        key = (point, tokens, context, drawn)
         if key not in self._launches:
-            self._launches[key] = self._made(step_inputs.decode_size(tokens, context))
+            self._launches[key] = self._made(step_inputs.decode_size(tokens, context, drawn))
         return self._launches[key]
 
     def _made(self, size: StepSize) -> _Launch:
@@ -233,8 +250,8 @@ class FastRunner:
             torch.zeros(size.words, dtype=torch.int32, device=device),
             self._pinned((size.words,), torch.int32),
             self._logits[: size.rows] if few else torch.empty(size.rows, vocab, device=device),
-            torch.zeros(size.rows, dtype=torch.int32, device=device),
-            self._pinned((max(size.rows, 1),), torch.int32)[: size.rows],
+            torch.zeros(1 + size.drawn, size.rows, dtype=torch.int32, device=device),
+            self._pinned((1 + size.drawn, max(size.rows, 1)), torch.int32)[:, : size.rows],
         )
 
     def _pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -315,3 +332,12 @@ class FastRunner:
         if isinstance(op, ops.Norm):
             return launch.Before(norm=self.model.vectors[op.weight], eps=op.eps)
         return launch.Before(glu=op.activation)
+
+
+def _wanted(batch: StepBatch) -> bool:
+    """True if a row is neither greedy nor drawn, so that logits are wanted on the host."""
+    chosen = batch.greedy
+    if batch.draws is not None:
+        drawn = batch.draws.temperature > 0
+        chosen = drawn if chosen is None else drawn | chosen
+    return bool(batch.logit_rows.size) if chosen is None else not bool(chosen.all())

@@ -14,17 +14,24 @@ from haomiao.engine.executors.torch.matrices import Tensor
 from haomiao.engine.executors.torch.model import DeviceModel, kv_width
 from haomiao.errors import UnsupportedModelError
 from haomiao.models import plan as ops
-from haomiao.types import KV_BLOCK_TOKENS, POINTS, StepBatch
+from haomiao.types import KV_BLOCK_TOKENS, POINTS, RowDraws, StepBatch
 
 
-def run_slowly(model: DeviceModel, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits f32 [rows, vocab], the places of their greatest, int32 [rows], and the hidden states that were asked for,
-    on the device."""
+def run_slowly(model: DeviceModel, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Logits f32 [rows, vocab], the places of their greatest, int32 [rows], the tokens that were drawn, int32 [rows],
+    and the hidden states that were asked for, on the device."""
     step = _SlowStep(model, batch)
     for op in model.ops:
         step.apply(op)
     places = twins.greatest(step.logits) if step.logits.shape[0] else step.rows.int()
-    return step.logits, places, step.hidden
+    drawn = None if batch.draws is None else twins.draw(step.logits, draws_on(batch.draws, model.device))
+    return step.logits, places, drawn, step.hidden
+
+
+def draws_on(draws: RowDraws, device: torch.device) -> twins.Draws:
+    """How rows are drawn, on the device."""
+    numbers = (draws.uniform, draws.top_p, draws.temperature, draws.min_p, draws.top_k)
+    return twins.Draws(*(torch.from_numpy(each).to(device) for each in numbers))
 
 
 class _SlowStep:

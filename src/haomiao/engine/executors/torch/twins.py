@@ -6,6 +6,8 @@ Each states the rule of docs/ARCHITECTURE.md, sections 3 and 6, again. Knows no 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from haomiao.engine.executors.torch.matrices import DeviceMatrix, Tensor
@@ -13,6 +15,10 @@ from haomiao.models.plan import Activation
 from haomiao.types import KV_SPLIT_TOKENS, Planes, Point
 
 ACTIVATION_GROUP = 32
+FIRST_LOOK = 256
+"""Of a row that is drawn, the first so many entries (and those that are as good as the last) are put in order."""
+MOST_KEPT = 4096
+"""Entries that top-k may leave for the others not to count."""
 
 
 def over(number: float, x: Tensor) -> Tensor:
@@ -119,6 +125,80 @@ def greatest(logits: Tensor) -> Tensor:
     indices = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
     beyond = torch.full_like(indices, logits.shape[1] - 1)
     return torch.where(shown == shown.amax(dim=1, keepdim=True), indices, beyond).amin(dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """`types.RowDraws` on a device, [rows] each; uniform and top_p float64, top_k int32, the others float32."""
+
+    uniform: Tensor
+    top_p: Tensor
+    temperature: Tensor
+    min_p: Tensor
+    top_k: Tensor
+
+
+def draw(logits: Tensor, draws: Draws) -> Tensor:
+    """Tokens int32 [rows], the rule of `engine.draw`; -1: not to be drawn, not finite, or not among the first."""
+    tokens = [
+        _drawn(row, temperature, *each)
+        for row, temperature, *each in zip(
+            logits,
+            draws.temperature,
+            draws.top_k.tolist(),
+            draws.top_p.tolist(),
+            draws.min_p.tolist(),
+            draws.uniform.tolist(),
+            strict=True,
+        )
+    ]
+    return torch.tensor(tokens, dtype=torch.int32, device=logits.device)
+
+
+def _drawn(row: Tensor, temperature: Tensor, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
+    peak = row.amax()  # a NaN counts as the greatest
+    if temperature <= 0 or not torch.isfinite(peak):
+        return -1
+    scaled = (row - peak) / temperature
+    complete = False
+    if 0 < top_k < scaled.shape[0]:
+        best = torch.topk(scaled, top_k).values[-1]
+        scaled = torch.where(scaled >= best, scaled, torch.full_like(scaled, -torch.inf))
+        complete = int((scaled > -torch.inf).sum()) <= MOST_KEPT
+    if complete:
+        ids = torch.nonzero(scaled > -torch.inf)[:, 0]
+    else:
+        least = torch.topk(scaled, min(FIRST_LOOK, scaled.shape[0])).values[-1]
+        ids = torch.nonzero((scaled >= least) & (scaled > -torch.inf))[:, 0]
+    order = ids[torch.argsort(-scaled[ids], stable=True)]
+    weights = torch.exp(scaled)
+    total = None if complete else float(weights.double().sum())
+    index = _walk(weights[order], total, top_p, min_p, uniform)
+    return -1 if index is None else int(order[index])
+
+
+def _walk(weights: Tensor, total: float | None, top_p: float, min_p: float, uniform: float) -> int | None:
+    """The place in descending order at which the uniform number is used up; None if it is not among the given ones.
+    `total` None: they are all."""
+    count = weights.shape[0]
+    mass = torch.cumsum(weights.double(), 0)
+    whole = float(mass[-1]) if total is None else total
+    kept, kept_mass = count, whole
+    decided = total is None or (top_p >= 1.0 and min_p <= 0.0)
+    if top_p < 1.0:
+        last = int((mass < top_p * whole).sum())
+        if last < count:
+            kept, kept_mass, decided = last + 1, float(mass[last]), True
+    if min_p > 0.0:
+        likely = max(1, int((weights >= min_p).sum()))
+        if likely < count:
+            decided = True
+            if likely < kept:
+                kept, kept_mass = likely, float(mass[likely - 1])
+    index = int((mass[:kept] <= uniform * kept_mass).sum())
+    if not decided or (index >= kept and total is not None and kept == count):
+        return None
+    return index if index < kept else int(torch.nonzero(weights[:kept])[-1])
 
 
 def kv_codes(x: Tensor) -> tuple[Tensor, Tensor]:
