@@ -122,7 +122,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("check", "tune", "run"), nargs="?", default="run")
     parser.add_argument("--models", default=",".join(MODELS), help="default 0.5b,1b,8b")
-    parser.add_argument("--seconds", type=float, help="for `run` (default 240) and `tune` (60)")
+    parser.add_argument("--seconds", type=float, help="run (default 240), tune (60), check (no limit)")
     parser.add_argument("--quick", action="store_true", help="run: 8b at bf16 and int4-w alone")
     parser.add_argument("--baselines-only", action="store_true", help="run: the others alone")
     parser.add_argument("--out", type=Path, help="append every row, as a JSON line")
@@ -174,9 +174,7 @@ def main() -> int:
     failed = []
     if args.what == "check":
         names = [name for name in check.groups(device) if any(part in name for part in args.only.split(","))]
-        report["checks"] = check.run_checks(
-            [__file__, *(["--independent"] * args.independent)], names, say, args.at_once
-        )
+        report["checks"] = check.run_checks(script, names, say, args.at_once, args.seconds)
         failed = [each["name"] for each in report["checks"] if not each["ok"]]
         report["failed"] = failed
     elif args.what == "tune":

@@ -100,9 +100,14 @@ def run_group(name: str, device: torch.device, say: Callable[[str], None]) -> bo
 
 
 def run_checks(
-    script: Sequence[str], names: Sequence[str], say: Callable[[str], None], at_once: int = AT_ONCE
+    script: Sequence[str],
+    names: Sequence[str],
+    say: Callable[[str], None],
+    at_once: int = AT_ONCE,
+    seconds: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The groups of these names, each in a process of its own that runs `script check --group NAME`."""
+    """The groups of these names, each in a process of its own that runs `script check --group NAME`. After `seconds`
+    those that still run are ended, and they and those that wait have failed."""
     lock, rows = threading.Lock(), []
     began = time.monotonic()
 
@@ -118,7 +123,8 @@ def run_checks(
         start = time.monotonic()
         command = [sys.executable, *script, "check", "--group", name]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            killer = threading.Timer(GROUP_SECONDS, process.kill)
+            left = GROUP_SECONDS if seconds is None else min(GROUP_SECONDS, began + seconds - start)
+            killer = threading.Timer(max(left, 0.1), process.kill)
             killer.start()
             try:
                 output, errors = process.communicate()
