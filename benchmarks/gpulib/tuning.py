@@ -143,7 +143,8 @@ def adopt(file: Path) -> int:
         row = json.loads(line)
         if "best" in row and "encoding" in row:
             blocks = {name: value for name, value in row["best"].items() if name in launch.BLOCKS.__dict__}
-            key = (row["encoding"], row["rows"], row["cols"], launch.company(row["m"]))
+            rounding = 2 if POINTS[row["point"]].activations == "int8" and row["encoding"] > 1 else 1
+            key = (row["encoding"], rounding, row["rows"], row["cols"], launch.company(row["m"]))
             launch.BEST[key] = launch.Blocks(**launch.BLOCKS.__dict__ | blocks)
     return len(launch.BEST)
 

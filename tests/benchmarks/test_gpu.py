@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -48,16 +48,17 @@ def test_the_check_passes_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) ->
 
     from haomiao.engine.executors.torch import fast, launch
 
-    monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_rows=128, gemm_rows=128))
+    monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_bytes=1 << 20, gemv_most=128, gemm_rows=128))
     monkeypatch.setattr(check, "SIZES", ((40, 64),))
-    monkeypatch.setattr(check, "FUSED", (40, 64))
     monkeypatch.setattr(check, "TOKENS", (1, 3))
     said: list[str] = []
-    short: Any = [each for each in check.checks(CPU) if not each[0].startswith(("steps", "graph", "greatest"))]
-    monkeypatch.setattr(check, "checks", lambda device: [*short, ("broken", 1.0, lambda: 1 / 0)])
-    found = check.run_checks(CPU, said.append)
-    assert [each["name"] for each in found if not each["ok"]] == ["broken"] and "ZeroDivisionError" in said[-1]
-    assert len(found) == len(said) == 2 * len(check.LINEAR) + 5
+    linear = {name: each for name, each in check.groups(CPU).items() if name.startswith("linear")}
+    for name in linear:
+        assert check.run_group(name, CPU, said.append)
+    assert len(linear) == len(check.LINEAR) and len(said) == 2 * len(linear)
+    monkeypatch.setattr(check, "groups", lambda device: {"odd": [("broken", 1.0, lambda: 1 / 0), *linear[name]]})
+    assert not check.run_group("odd", CPU, said.append)
+    assert "ZeroDivisionError" in said[-3] and json.loads(said[-1])["ok"]
     assert fast.BUCKETS[-1] >= 64
 
 

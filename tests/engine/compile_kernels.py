@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from haomiao.engine.executors.torch import drawing, launch
+from haomiao.engine.executors.torch import attending, drawing, launch
 from haomiao.engine.executors.torch.matrices import DeviceMatrix
 from haomiao.engine.executors.torch.memory import make_memory
 from haomiao.engine.executors.torch.twins import Draws
@@ -83,7 +83,7 @@ def main() -> None:
         (launch.vector, "gemv"),
         *((launch.several, name) for name in ("prepare", "gemm_codes")),
         *((launch.rowwise, name) for name in ("embed", "norm", "gate", "add", "greatest_parts", "greatest")),
-        *((launch.attention, name) for name in ("store", "attend", "merge")),
+        *((attending.attention, name) for name in ("store", "attend", "merge")),
         *((drawing.kernels, name) for name in ("chunks", "candidates", "order", "tokens", "tail")),
     ):
         setattr(module, name, Recorder(getattr(module, name)))
@@ -115,15 +115,15 @@ def main() -> None:
         ("bf16", 128, 99, 1),
         ("int8", 96, 0, 4),
     ):
-        heads = launch.Heads(
+        heads = attending.Heads(
             8, 2, dim, 8 * dim, 10 * dim, 0.1, window, 5.0 if window else 0.0,
             eps=1e-5, q_norm=weight, k_norm=weight, q_rope=(table, table), k_rope=(table, table),
         )  # fmt: skip
         memory = make_memory(kv_type, 4, 2, dim, CPU)  # type: ignore[arg-type]
         q, qkv = torch.zeros(20, 8 * dim), torch.zeros(20, 12 * dim)
-        launch.store(q, qkv, memory, ids, ids, heads)
-        queries = launch.Queries(ids, ids.view(5, 4), ids, ids, ids, 1 if splits > 1 else 16, 256, splits)
-        launch.attend(q, q, memory, queries, heads)
+        attending.store(q, qkv, memory, ids, ids, heads)
+        queries = attending.Queries(ids, ids.view(5, 4), ids, ids, ids, 1 if splits > 1 else 16, 256, splits)
+        attending.attend(q, q, memory, queries, heads)
     wide, narrow = torch.zeros(20, dtype=torch.float64), torch.zeros(20)
     for vocab in (300, 151936):
         drawing.draw(ids, torch.zeros(20, vocab), ids, Draws(wide, wide, narrow, narrow, ids))

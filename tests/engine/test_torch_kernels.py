@@ -18,10 +18,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ["TRITON_INTERPRET"] != "1":
     pytest.skip("TRITON_INTERPRET=0: kernels are compiled, benchmarks.gpu checks them", allow_module_level=True)
 
-from haomiao.engine.executors.torch import fast, launch, twins  # noqa: E402
+from haomiao.engine.executors.torch import attending, fast, launch, twins  # noqa: E402
 from haomiao.engine.executors.torch import inputs as step_inputs  # noqa: E402
+from haomiao.engine.executors.torch.attending import Queries  # noqa: E402
 from haomiao.engine.executors.torch.executor import TorchExecutor  # noqa: E402
-from haomiao.engine.executors.torch.launch import Queries  # noqa: E402
 from haomiao.engine.executors.torch.lowering import AttentionStage, MatrixStage, lower  # noqa: E402
 from haomiao.engine.executors.torch.matrices import place  # noqa: E402
 from haomiao.engine.executors.torch.memory import make_memory  # noqa: E402
@@ -79,7 +79,8 @@ def test_linear(encoding: str, point: str, planes: Any, tokens: int) -> None:
         else:
             launch.matmul(ours, x, matrix, POINTS[point], planes, after)
         wanted = wanted + 0.5 * twins.linear(matrix, x, POINTS[point], planes, bias)
-        wide = point == "int4-w" and tokens >= launch.DEQUANTIZED_FROM  # weights are rounded to bf16 there
+        read, rounding = launch.encoding_of(matrix, planes), launch.rounding_of(matrix, POINTS[point])
+        wide = tokens > 1 and launch.is_dense(matrix, read, rounding, tokens)  # weights are rounded to bf16 there
         assert error(ours, wanted) <= (1e-2 if wide else 1e-5)
 
 
@@ -93,7 +94,8 @@ def test_a_program_goes_through_several_blocks(
         launch, "BLOCKS", launch.Blocks(gemv_bytes=64, gemv_columns=512, gemv_resident=2, gemv_tiles=tiles)
     )
     matrix, x = matrix_of(encoding, 125, 1030), random(1, 1030)
-    block = launch.gemv_block(matrix, launch.encoding_of(matrix, planes), 1)
+    read, rounding = launch.encoding_of(matrix, planes), launch.rounding_of(matrix, POINTS[point])
+    block = launch.gemv_block(matrix, read, rounding, 1)
     assert block.programs == 1 and block.tiles == tiles and matrix.rows > block.rows * tiles
     out = random(1, 125, seed=2)
     wanted = out + twins.linear(matrix, x, POINTS[point], planes)
@@ -121,7 +123,7 @@ def test_what_stands_before_a_vector(point: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_codes_in_tensor_cores(point: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several turns, the last of which is not full, after a norm and after a gate, for one token too."""
-    monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_codes=True, gemm_groups=4, gemm_rows=16))
+    monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(gemv_codes=True, gemm_groups=4, gemm_rows=16, codes_to=3))
     matrix, weight = matrix_of("planes", 37, 288), random(288, seed=3)
     planes, before = POINTS[point].planes, (launch.Before(norm=weight, eps=1e-5), launch.Before(glu="silu"))
     for each in before:
@@ -241,12 +243,12 @@ def test_attention(shape: Any, kv_type: Any, split: bool) -> None:
     positions, slots = torch.tensor([97, 98, 99, 4]), torch.tensor([193, 194, 195, 4]) + torch.tensor([0, 0, 0, 32 * 9])
     q_norm, k_norm = random(dim, seed=4), random(dim, seed=5)
     rope = rope_table(ops.RopeSpec(8, (1.0, 0.3, 0.1, 0.01)), 128, CPU)
-    heads_ = launch.Heads(
+    heads_ = attending.Heads(
         heads, kv_heads, dim, heads * dim, (heads + kv_heads) * dim, dim**-0.5, window, softcap,
         eps=1e-6, q_norm=q_norm, k_norm=k_norm, q_rope=rope, k_rope=rope,
     )  # fmt: skip
     q = torch.zeros(4, heads * dim)
-    launch.store(q, qkv, ours, positions.int(), slots.int(), heads_)
+    attending.store(q, qkv, ours, positions.int(), slots.int(), heads_)
     tables = torch.tensor([[3, 4, 5, 6], [9, 0, 0, 0]])
     cut = ([0, 1, 2, 3], [1, 1, 1, 1], 1) if split else ([0, 3], [3, 1], 4)
     queries = Queries(
@@ -254,7 +256,7 @@ def test_attention(shape: Any, kv_type: Any, split: bool) -> None:
         torch.tensor(cut[1]).int(), cut[2], 64, 2 if split else 1,
     )  # fmt: skip
     out = torch.zeros(4, heads * dim)
-    launch.attend(out, q, ours, queries, heads_)
+    attending.attend(out, q, ours, queries, heads_)
 
     cos, sin = (table[positions] for table in rope)
     wanted_q = twins.rotate(twins.rms_norm(qkv[:, : heads * dim].unflatten(1, (heads, dim)), q_norm, 1e-6), cos, sin)
@@ -395,12 +397,25 @@ def test_a_library_that_cannot_write_in_place_is_not_asked_to(monkeypatch: pytes
 
 
 def test_blocks_that_were_measured_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the matrix, the company and the rounding that they were measured for alone."""
     matrix, best = matrix_of("planes", 37, 70), launch.Blocks(gemv_bytes=16, gemv_tiles=1)
     encoding = launch.encoding_of(matrix, "hi")
-    monkeypatch.setattr(launch, "BEST", {(encoding, 37, 70, 0): best})
-    assert launch.blocks_for(matrix, encoding, 1) is best
-    assert launch.blocks_for(matrix, encoding, 8) is launch.BLOCKS
-    assert launch.gemv_block(matrix, encoding, 1).tiles == 1
+    monkeypatch.setattr(launch, "BEST", {(encoding, 1, 37, 70, 0): best})
+    assert launch.blocks_for(matrix, encoding, 1, 1) is best
+    assert launch.blocks_for(matrix, encoding, 1, 8) is launch.BLOCKS
+    assert launch.blocks_for(matrix, encoding, 2, 1) is launch.BLOCKS
+    assert launch.gemv_block(matrix, encoding, 1, 1).tiles == 1
+
+
+def test_a_few_tokens_meet_codes_where_rows_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = matrix_of("planes", 37, 70), matrix_of("planes", launch.CODES_FROM_ROWS, 32)
+    for matrix, tokens, rounding, dense in (
+        (small, 8, 1, True), (large, 8, 1, False), (large, 40, 1, True), (small, 8, 2, False), (small, 64, 2, False),
+    ):  # fmt: skip
+        assert launch.is_dense(matrix, 3, rounding, tokens) == dense
+    assert not launch.is_dense(matrix_of("bf16", 8, 32), 1, 1, 8)
+    monkeypatch.setattr(launch, "BEST", {(3, 1, 37, 70, 1): launch.Blocks()})
+    assert not launch.is_dense(small, 3, 1, 8)  # what was measured for a matrix is not overruled
 
 
 def test_splits_cover_every_context() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from haomiao.engine.executors.torch import drawing, launch
+from haomiao.engine.executors.torch import attending, drawing, launch
 from haomiao.engine.executors.torch import inputs as step_inputs
 from haomiao.engine.executors.torch.copies import copied_slots
 from haomiao.engine.executors.torch.inputs import StepInputs, StepSize
@@ -257,9 +257,9 @@ class FastRunner:
     def _pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=self._cuda)
 
-    def _heads(self, stage: AttentionStage) -> launch.Heads:
+    def _heads(self, stage: AttentionStage) -> attending.Heads:
         op, vectors, ropes = stage.op, self.model.vectors, self.model.ropes
-        return launch.Heads(
+        return attending.Heads(
             *(op.heads, op.kv_heads, op.head_dim, op.k_offset, op.v_offset, op.scale, op.window, op.softcap),
             eps=next((each.eps for each in (stage.q_norm, stage.k_norm) if each is not None), 0.0),
             q_norm=None if stage.q_norm is None else vectors[stage.q_norm.weight],
@@ -283,10 +283,10 @@ class FastRunner:
                     shape, memory = self._shapes[stage.op.layer], self.model.memory[stage.op.layer]
                     width = shape.heads * shape.head_dim
                     q = self._q[: tokens * width].view(tokens, width)
-                    launch.store(q, buffers[stage.op.qkv], memory, given.positions, given.slots, shape)
+                    attending.store(q, buffers[stage.op.qkv], memory, given.positions, given.slots, shape)
                     if made.copies is not None:
                         memory.copy_slots(*made.copies)
-                    launch.attend(buffers[stage.op.out], q, memory, given.queries, shape)
+                    attending.attend(buffers[stage.op.out], q, memory, given.queries, shape)
                     self.launches += 1 + (given.queries.splits > 1)
                 case ops.Embed():
                     launch.embed(buffers[stage.out], given.tokens, matrices[stage.table], stage.scale)

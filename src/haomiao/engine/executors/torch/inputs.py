@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from haomiao.engine.executors.torch.launch import Queries
+from haomiao.engine.executors.torch.attending import Queries
 from haomiao.engine.executors.torch.matrices import Tensor
 from haomiao.engine.executors.torch.twins import Draws
 from haomiao.types import I32, KV_BLOCK_TOKENS, RowDraws, StepBatch

@@ -10,14 +10,12 @@ from functools import cache
 
 import torch
 
-from haomiao.engine.executors.torch.kernels import attention, linear, rowwise, several, vector
+from haomiao.engine.executors.torch.kernels import linear, rowwise, several, vector
 from haomiao.engine.executors.torch.matrices import DeviceMatrix, Tensor
-from haomiao.engine.executors.torch.memory import LayerMemory
 from haomiao.models.plan import Activation
 from haomiao.types import Planes, Point
 
 ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-KV_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 PART = 4096
 """Logits of a row that one program looks at for the greatest."""
 
@@ -55,12 +53,14 @@ class Blocks:
 
 
 BLOCKS = Blocks()
-BEST: dict[tuple[int, int, int, int], Blocks] = {}
-"""By encoding, rows, columns and `company`, what was measured to be best; else `BLOCKS`."""
+BEST: dict[tuple[int, int, int, int, int], Blocks] = {}
+"""By encoding, rounding, rows, columns and `company`, what was measured to be best; else `BLOCKS`."""
 PREPARED = 32
 """Groups of 32 activations that one program makes ready."""
 DEQUANTIZED_FROM = 32
 """Tokens from which 16-bit activations meet weights that were made bf16 first."""
+CODES_FROM_ROWS = 16384
+"""Rows from which a few of them meet codes; matrices of fewer do not fill a GPU so, and become bf16 too (H200)."""
 
 
 def power(n: int, least: int = 1) -> int:
@@ -73,9 +73,18 @@ def up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def blocks_for(matrix: DeviceMatrix, encoding: int, tokens: int) -> Blocks:
+def blocks_for(matrix: DeviceMatrix, encoding: int, rounding: int, tokens: int) -> Blocks:
     """Sizes of blocks for a matrix."""
-    return BEST.get((encoding, matrix.rows, matrix.cols, company(tokens)), BLOCKS)
+    return BEST.get((encoding, rounding, matrix.rows, matrix.cols, company(tokens)), BLOCKS)
+
+
+def is_dense(matrix: DeviceMatrix, encoding: int, rounding: int, tokens: int) -> bool:
+    """True if weights in codes are made bf16 for the library's product. Two tokens or more."""
+    blocks = blocks_for(matrix, encoding, rounding, tokens)
+    if encoding < 2 or rounding != 1 or tokens <= blocks.codes_to:
+        return False
+    few = tokens < DEQUANTIZED_FROM and blocks.gemm_batched
+    return not few or (blocks is BLOCKS and matrix.rows < CODES_FROM_ROWS)
 
 
 def company(tokens: int) -> int:
@@ -134,17 +143,17 @@ def gemv(
     out: Tensor, x: Tensor, matrix: DeviceMatrix, point: Point, planes: Planes, before: Before, after: After
 ) -> None:
     """One token: out f32 [1, rows] from x f32 [1, cols] (or [1, 2 cols] for a gate)."""
-    encoding = encoding_of(matrix, planes)
-    if encoding >= 3 and rounding_of(matrix, point) and blocks_for(matrix, encoding, 1).gemv_codes:
-        codes_matmul(out, x, matrix, encoding, rounding_of(matrix, point), before, after)
+    encoding, rounding = encoding_of(matrix, planes), rounding_of(matrix, point)
+    if encoding >= 3 and rounding and blocks_for(matrix, encoding, rounding, 1).gemv_codes:
+        codes_matmul(out, x, matrix, encoding, rounding, before, after)
         return
     source = 1 if before.norm is not None else 2 if before.glu is not None else 0
-    block = gemv_block(matrix, encoding, multiprocessors(out.device))
+    block = gemv_block(matrix, encoding, rounding, multiprocessors(out.device))
     vector.gemv[(block.programs,)](
         out, x, x if before.norm is None else before.norm, *_words(matrix), out if after.bias is None else after.bias,
         matrix.cols, matrix.padded, matrix.rows, before.eps, after.scale, after.softcap,
         ENCODING=encoding, GROUP=matrix.group or 1, LO_SHIFT=matrix.lo_shift, SOURCE=source,
-        ACT=ACTIVATIONS[before.glu or "silu"], ROUND=rounding_of(matrix, point), BIAS=after.bias is not None,
+        ACT=ACTIVATIONS[before.glu or "silu"], ROUND=rounding, BIAS=after.bias is not None,
         ADD=after.add, CAP=after.softcap != 0, BN=block.rows, TILES=block.tiles, WIDTH=block.width,
         PIECES=block.pieces, EARLY=block.early, num_warps=block.warps, **dependence(out.device),
     )  # fmt: skip
@@ -174,9 +183,9 @@ class GemvBlock:
     early: bool
 
 
-def gemv_block(matrix: DeviceMatrix, encoding: int, processors: int) -> GemvBlock:
+def gemv_block(matrix: DeviceMatrix, encoding: int, rounding: int, processors: int) -> GemvBlock:
     """Tiles of whole rows, so many that the GPU is full and a thread has enough bytes on their way."""
-    blocks = blocks_for(matrix, encoding, 1)
+    blocks = blocks_for(matrix, encoding, rounding, 1)
     columns = power(matrix.padded, 64)
     warps = min(max(columns // blocks.gemv_columns, 1), 16)
     a_row = columns * BITS[encoding] // 8 // (32 * warps)
@@ -214,9 +223,9 @@ def matmul(
 ) -> None:
     """Several tokens: out f32 [tokens, rows] from x f32 [tokens, cols] (or [tokens, 2 cols] for a gate)."""
     encoding, rounding, tokens = encoding_of(matrix, planes), rounding_of(matrix, point), x.shape[0]
-    blocks = blocks_for(matrix, encoding, tokens)
-    dense = rounding == 1 and (not blocks.gemm_batched or max(DEQUANTIZED_FROM, blocks.codes_to + 1) <= tokens)
-    if encoding >= 2 and not dense and blocks.gemm_batched and tokens <= 64:
+    dense = is_dense(matrix, encoding, rounding, tokens)
+    batched = blocks_for(matrix, encoding, rounding, tokens).gemm_batched
+    if encoding >= 2 and not dense and batched and tokens <= 64:
         codes_matmul(out, x, matrix, encoding, rounding, before, after)
         return
     x = _made(x, matrix, before)
@@ -245,7 +254,7 @@ def codes_matmul(
 ) -> None:
     """Up to some tokens, from one on, by codes in tensor cores."""
     tokens, groups = x.shape[0], matrix.padded // 32
-    blocks = blocks_for(matrix, encoding, tokens)
+    blocks = blocks_for(matrix, encoding, rounding, tokens)
     short = torch.empty(tokens, matrix.padded, dtype=torch.bfloat16, device=x.device)
     x_scales = torch.empty(tokens, groups, device=x.device) if rounding == 2 else out
     source = 1 if before.norm is not None else 2 if before.glu is not None else 0
@@ -254,7 +263,8 @@ def codes_matmul(
         SOURCE=source, ACT=ACTIVATIONS[before.glu or "silu"], ROUND=rounding, PLANES=encoding >= 3,
         GROUPS=PREPARED, BLOCK=power(matrix.cols, 32), num_warps=4, **dependence(out.device),
     )  # fmt: skip
-    rows = 16 if tokens <= 16 else 32
+    # codes times codes: 64 tokens took less than twice what 8 took in a block of 16, so a block of 32 is quicker
+    rows = 16 if tokens <= 16 and rounding == 1 else 32
     several.gemm_codes[(up(matrix.rows, blocks.gemm_rows), up(tokens, rows))](
         out, short, x_scales, *_words(matrix), out if after.bias is None else after.bias,
         tokens, matrix.padded, matrix.rows, after.scale, after.softcap,
@@ -371,88 +381,3 @@ def greatest(out: Tensor, logits: Tensor) -> None:
     places = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
     rowwise.greatest_parts[(rows, parts)](peaks, places, logits, vocab, parts, BLOCK=PART, **dependence(out.device))
     rowwise.greatest[(rows,)](out, peaks, places, vocab, parts, BLOCK=power(parts), **dependence(out.device))
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """The shape of an attention, and the norms and rotations before it."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    k_offset: int
-    v_offset: int
-    scale: float
-    window: int
-    softcap: float
-    eps: float = 0.0
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    q_rope: tuple[Tensor, Tensor] | None = None
-    k_rope: tuple[Tensor, Tensor] | None = None
-
-
-def store(q: Tensor, qkv: Tensor, memory: LayerMemory, positions: Tensor, slots: Tensor, shape: Heads) -> None:
-    """Norm and rotate; q f32 [tokens, heads * head_dim], K and V into their slots."""
-    none = qkv
-    q_rope, k_rope = shape.q_rope or (none, none), shape.k_rope or (none, none)
-    attention.store[(qkv.shape[0], shape.heads + 2 * shape.kv_heads)](
-        q, memory.k, memory.v, memory.k if memory.k_scales is None else memory.k_scales,
-        memory.v if memory.v_scales is None else memory.v_scales, qkv, positions, slots,
-        none if shape.q_norm is None else shape.q_norm, none if shape.k_norm is None else shape.k_norm,
-        *q_rope, *k_rope, qkv.shape[1], shape.k_offset, shape.v_offset, shape.eps,
-        HEADS=shape.heads, KV_HEADS=shape.kv_heads, HEAD_DIM=shape.head_dim, D=power(shape.head_dim, 16),
-        Q_HALF=q_rope[0].shape[1] if shape.q_rope else 0, K_HALF=k_rope[0].shape[1] if shape.k_rope else 0,
-        Q_NORM=shape.q_norm is not None, K_NORM=shape.k_norm is not None, KV=KV_KINDS[memory.k.dtype], num_warps=1,
-        **dependence(q.device),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Queries:
-    """Which tokens attend to what. `starts`, `counts` cut them into blocks of at most `most` tokens of one sequence;
-    `split` positions are worked off by one program, 0: all of them."""
-
-    positions: Tensor
-    tables: Tensor
-    owners: Tensor
-    starts: Tensor
-    counts: Tensor
-    most: int
-    split: int
-    splits: int
-
-
-def attend(out: Tensor, q: Tensor, memory: LayerMemory, queries: Queries, shape: Heads) -> None:
-    """Attention over what is stored: out f32 [tokens, heads * head_dim]."""
-    split = queries.split if queries.splits > 1 else 0
-    sums = peaks = out
-    if split:
-        rows = out.shape[0] * shape.heads * queries.splits
-        sums = torch.empty(rows, shape.head_dim, device=out.device)
-        peaks = torch.empty(rows, 2, device=out.device)
-    width, kind = power(shape.head_dim, 16), KV_KINDS[memory.k.dtype]
-    most = power(queries.most * (shape.heads // shape.kv_heads), 16)
-    attention.attend[(queries.starts.shape[0], shape.kv_heads, queries.splits)](
-        out, sums, peaks, q, memory.k, memory.v, memory.k if memory.k_scales is None else memory.k_scales,
-        memory.v if memory.v_scales is None else memory.v_scales, queries.positions, queries.tables, queries.owners,
-        queries.starts, queries.counts, queries.tables.shape[1], queries.splits,
-        shape.scale, shape.window, shape.softcap,
-        HEADS=shape.heads, KV_HEADS=shape.kv_heads, HEAD_DIM=shape.head_dim, D=width,
-        ROWS=most, KEYS=32 if kind == 0 else BLOCKS.keys,
-        SPLIT=split, WINDOW=shape.window > 0, CAP=shape.softcap != 0, KV=kind,
-        # many rows, or f32, which has no tensor cores: fewer numbers a thread
-        num_warps=8 if kind == 0 or most * width >= 8192 else BLOCKS.attend_warps,
-        **dependence(out.device),
-    )  # fmt: skip
-    if split:
-        attention.merge[(out.shape[0], shape.heads)](
-            out,
-            sums,
-            peaks,
-            queries.splits,
-            HEAD_DIM=shape.head_dim,
-            D=width,
-            SPLITS=power(queries.splits),
-            **dependence(out.device),
-        )
