@@ -87,6 +87,7 @@ def main() -> None:
         *((drawing.kernels, name) for name in ("chunks", "candidates", "order", "tokens", "tail")),
     ):
         setattr(module, name, Recorder(getattr(module, name)))
+    launch.BLOCKS.codes_to = 64  # small matrices too
     launch.dependence = lambda device: {"DEPENDENT": True, "launch_pdl": True}
     x, out, many = torch.zeros(1, 512), torch.zeros(1, 96), torch.zeros(20, 256)
     weight, ids = torch.zeros(256), torch.zeros(20, dtype=torch.int32)
@@ -98,7 +99,7 @@ def main() -> None:
         for before in (launch.PLAIN, launch.Before(norm=weight, eps=1e-5), launch.Before(glu="silu")):
             launch.gemv(out, x, matrix(encoding), POINTS[point], planes, before, launch.After(add=True))
         if encoding in ("int8", "planes"):
-            after = launch.After(weight, False, 2.0, 3.0)
+            after = launch.After(weight[:96], False, 2.0, 3.0)
             launch.matmul(torch.zeros(20, 96), many, matrix(encoding), POINTS[point], planes, after)
             launch.dequantized(matrix(encoding), planes)
         launch.embed(many, ids, matrix(encoding), 1.5)
