@@ -112,7 +112,7 @@ def test_the_embedded_model_is_sampled_unless_something_is_said(fake: Any) -> No
     for argv in (["hi"], ["hi", "--max-tokens", "4"], ["hi", "--temperature", "0"], ["hi", "--choice", "yes"]):
         assert main(["generate", *argv]) == 0
     plain, short, greedy, chosen = (asked for _, asked in fake.asked)
-    assert plain == {"temperature": 0.7, "top_p": 0.9, "min_tokens": 16, "seed": 1}
+    assert plain == {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "min_tokens": 16, "seed": 1}
     assert short == plain | {"min_tokens": 4, "max_tokens": 4}
     assert greedy == {"temperature": 0.0}
     assert chosen == {"choice": ["yes"]}
@@ -120,7 +120,8 @@ def test_the_embedded_model_is_sampled_unless_something_is_said(fake: Any) -> No
 
 def test_a_budget_leaves_the_embedded_model_sampled_but_no_least_length(fake: Any) -> None:
     assert main(["generate", "hi", "--budget-ms", "200"]) == 0
-    assert fake.asked[0][1] == {"temperature": 0.7, "top_p": 0.9, "min_tokens": 0, "seed": 1, "budget_ms": 200.0}
+    sampled = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 1}
+    assert fake.asked[0][1] == sampled | {"min_tokens": 0, "budget_ms": 200.0}
 
 
 def test_choice_and_regex(fake: Any) -> None:

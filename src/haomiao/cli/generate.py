@@ -13,7 +13,9 @@ from haomiao.cli import options, terminal
 from haomiao.errors import InputError
 from haomiao.progress import ProgressBar
 
-EMBEDDED: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "min_tokens": 16, "seed": 1}
+EMBEDDED: dict[str, Any] = {
+    "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "min_tokens": 16, "seed": 1,
+}  # fmt: skip
 """How the embedded model is sampled unless something is said about it: so small a model goes round in circles when it
 is greedy, and ends at once after a prompt that looks whole."""
 
