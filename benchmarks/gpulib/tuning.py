@@ -58,8 +58,10 @@ def candidates(tokens: int, storage: str) -> Iterator[dict[str, Any]]:
         if storage == "planes":
             yield {"gemv_codes": True}
     elif tokens <= 16:
+        yield {"codes_from_rows": launch.BLOCKS.codes_from_rows}
         for rows, warps, stages, groups in ((32, 4, 3, 8), (64, 4, 3, 4), (32, 4, 4, 4), (16, 4, 3, 8)):
-            yield {"gemm_rows": rows, "gemm_warps": warps, "gemm_stages": stages, "gemm_groups": groups}
+            sizes = {"gemm_rows": rows, "gemm_warps": warps, "gemm_stages": stages, "gemm_groups": groups}
+            yield sizes | {"codes_from_rows": 0}
         yield {"gemm_batched": False}
     else:
         yield {"codes_to": 0}

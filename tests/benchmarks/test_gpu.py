@@ -62,6 +62,28 @@ def test_the_check_passes_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) ->
     assert fast.BUCKETS[-1] >= 64
 
 
+def test_what_was_tuned_is_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate computes in the same way once it is adopted, whatever the size of the matrix."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from gpulib import tuning
+
+    from haomiao.engine.executors.torch import launch
+
+    matrix = shapes.random_matrix(40, 64, "planes", torch.Generator().manual_seed(0), CPU)
+    row = {"encoding": 3, "rows": 40, "cols": 64, "point": "int4-w", "m": 8}
+    ways = set()
+    for blocks in tuning.candidates(8, "planes"):
+        monkeypatch.setattr(launch, "BEST", {})
+        monkeypatch.setattr(launch, "BLOCKS", launch.Blocks(**blocks))
+        measured = launch.is_dense(matrix, 3, 1, 8)
+        monkeypatch.setattr(launch, "BLOCKS", launch.Blocks())
+        (tmp_path / "tune.jsonl").write_text(json.dumps(row | {"best": blocks | {"us": 1.0}}))
+        assert tuning.adopt(tmp_path / "tune.jsonl") == 1
+        assert launch.is_dense(matrix, 3, 1, 8) == measured
+        ways.add(measured)
+    assert ways == {True, False}
+
+
 def test_baselines_compute() -> None:
     """The decoder in the manner of gpt-fast, uncompiled, on the CPU: positions matter, shapes are right."""
     from gpulib import baselines

@@ -408,14 +408,14 @@ def test_blocks_that_were_measured_are_taken(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_few_tokens_meet_codes_where_rows_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    small, large = matrix_of("planes", 37, 70), matrix_of("planes", launch.CODES_FROM_ROWS, 32)
+    small, large = matrix_of("planes", 37, 70), matrix_of("planes", launch.BLOCKS.codes_from_rows, 32)
     for matrix, tokens, rounding, dense in (
         (small, 8, 1, True), (large, 8, 1, False), (large, 40, 1, True), (small, 8, 2, False), (small, 64, 2, False),
     ):  # fmt: skip
         assert launch.is_dense(matrix, 3, rounding, tokens) == dense
     assert not launch.is_dense(matrix_of("bf16", 8, 32), 1, 1, 8)
-    monkeypatch.setattr(launch, "BEST", {(3, 1, 37, 70, 1): launch.Blocks()})
-    assert not launch.is_dense(small, 3, 1, 8)  # what was measured for a matrix is not overruled
+    monkeypatch.setattr(launch, "BEST", {(3, 1, 37, 70, 1): launch.Blocks(codes_from_rows=0)})
+    assert not launch.is_dense(small, 3, 1, 8)  # what was measured for a matrix is what it gets
 
 
 def test_splits_cover_every_context() -> None:

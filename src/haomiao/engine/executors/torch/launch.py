@@ -44,6 +44,8 @@ class Blocks:
     come one after the other."""
     codes_to: int = 0
     """Up to so many tokens weights stay codes, however many `DEQUANTIZED_FROM` says."""
+    codes_from_rows: int = 16384
+    """Rows from which fewer tokens meet codes; a matrix of fewer does not fill a GPU so, and becomes bf16 (H200)."""
     gemm_groups: int = 8
     """Groups of 32 columns that `gemm` reads at a turn, for up to 32 tokens."""
     keys: int = 64
@@ -59,8 +61,6 @@ PREPARED = 32
 """Groups of 32 activations that one program makes ready."""
 DEQUANTIZED_FROM = 32
 """Tokens from which 16-bit activations meet weights that were made bf16 first."""
-CODES_FROM_ROWS = 16384
-"""Rows from which a few of them meet codes; matrices of fewer do not fill a GPU so, and become bf16 too (H200)."""
 
 
 def power(n: int, least: int = 1) -> int:
@@ -83,8 +83,7 @@ def is_dense(matrix: DeviceMatrix, encoding: int, rounding: int, tokens: int) ->
     blocks = blocks_for(matrix, encoding, rounding, tokens)
     if encoding < 2 or rounding != 1 or tokens <= blocks.codes_to:
         return False
-    few = tokens < DEQUANTIZED_FROM and blocks.gemm_batched
-    return not few or (blocks is BLOCKS and matrix.rows < CODES_FROM_ROWS)
+    return tokens >= DEQUANTIZED_FROM or not blocks.gemm_batched or matrix.rows < blocks.codes_from_rows
 
 
 def company(tokens: int) -> int:

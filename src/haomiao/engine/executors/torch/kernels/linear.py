@@ -103,6 +103,21 @@ def started(DEPENDENT: tl.constexpr):
         gdc_wait()
 
 
+@triton.jit
+def finished(
+    y, bias, biased, out, wanted, BIAS: tl.constexpr, ADD: tl.constexpr, out_scale, softcap, CAP: tl.constexpr
+):
+    """Bias (where `biased`), scale, softcap, and what stands at `out` already (where `wanted`), of sums y."""
+    if BIAS:
+        y = y + tl.load(bias, mask=biased, other=0.0)
+    y = y * out_scale
+    if CAP:
+        y = softcap * (1.0 - 2.0 / (tl.exp(2.0 * y / softcap) + 1.0))
+    if ADD:
+        y = y + tl.load(out, mask=wanted, other=0.0)
+    return y
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm(
     out,  # f32 [M, N]
@@ -173,16 +188,10 @@ def gemm(
             acc += part * share
     if ENCODING == 4:
         acc = acc * (1.0 / (1 << LO_SHIFT))
-    where = token * N + rows[None, :]
-    if BIAS:
-        acc += tl.load(bias + rows, mask=inside, other=0.0)[None, :]
-    acc = acc * out_scale
-    if CAP:
-        acc = softcap * (1.0 - 2.0 / (tl.exp(2.0 * acc / softcap) + 1.0))
+    where = out + token * N + rows[None, :]
     there = live[:, None] & inside[None, :]
-    if ADD:
-        acc += tl.load(out + where, mask=there, other=0.0)
-    tl.store(out + where, acc, mask=there)
+    y = finished(acc, (bias + rows)[None, :], inside[None, :], where, there, BIAS, ADD, out_scale, softcap, CAP)
+    tl.store(where, y, mask=there)
 
 
 @triton.jit

@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from haomiao.engine.executors.torch.kernels.linear import INTERPRETED, bf16, factors, magnitude, rounded, started
+from haomiao.engine.executors.torch.kernels.linear import (
+    INTERPRETED,
+    bf16,
+    factors,
+    finished,
+    magnitude,
+    rounded,
+    started,
+)
 from haomiao.engine.executors.torch.kernels.vector import source_at
 
 
@@ -151,13 +159,7 @@ def gemm_codes(
     y = tl.sum(acc, axis=0)
     if ENCODING == 4:
         y = y * (1.0 / (1 << LO_SHIFT))
-    to = token[None, :] * N + rows[:, None]
-    if BIAS:
-        y += tl.load(bias + rows, mask=inside, other=0.0)[:, None]
-    y = y * out_scale
-    if CAP:
-        y = softcap * (1.0 - 2.0 / (tl.exp(2.0 * y / softcap) + 1.0))
+    to = out + token[None, :] * N + rows[:, None]
     wanted = live[None, :] & inside[:, None]
-    if ADD:
-        y += tl.load(out + to, mask=wanted, other=0.0)
-    tl.store(out + to, y, mask=wanted)
+    y = finished(y, (bias + rows)[:, None], inside[:, None], to, wanted, BIAS, ADD, out_scale, softcap, CAP)
+    tl.store(to, y, mask=wanted)

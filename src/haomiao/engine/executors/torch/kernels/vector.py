@@ -15,6 +15,7 @@ from haomiao.engine.executors.torch.kernels.linear import (
     activated,
     bf16,
     factors,
+    finished,
     magnitude,
     rounded,
 )
@@ -32,20 +33,6 @@ def source_at(x, cols, K, SOURCE: tl.constexpr, ACT: tl.constexpr):
     else:
         value = tl.load(x + cols, mask=inside, other=0.0)
     return value
-
-
-@triton.jit
-def finished(y, rows, N, bias, out, BIAS: tl.constexpr, ADD: tl.constexpr, out_scale, softcap, CAP: tl.constexpr):
-    """Bias, residual, scale and softcap of sums y."""
-    inside = rows < N
-    if BIAS:
-        y = y + tl.load(bias + rows, mask=inside, other=0.0)
-    y = y * out_scale
-    if CAP:
-        y = softcap * (1.0 - 2.0 / (tl.exp(2.0 * y / softcap) + 1.0))
-    if ADD:
-        y = y + tl.load(out + rows, mask=inside, other=0.0)
-    return y
 
 
 @triton.jit
@@ -319,7 +306,7 @@ def gemv(
             rows = (at * 4 + index % 2 * 2 + index // 2) * BN + within[:, None]
         if ENCODING == 4:
             y = y * (1.0 / (1 << LO_SHIFT))
-        y = finished(y, rows, N, bias, out, BIAS, ADD, out_scale, softcap, CAP)
+        y = finished(y, bias + rows, rows < N, out + rows, rows < N, BIAS, ADD, out_scale, softcap, CAP)
         tl.store(out + rows, y, mask=rows < N)
     if DEPENDENT and not EARLY:
         gdc_launch_dependents()
