@@ -1,7 +1,8 @@
 """How much of what compression lost distillation brings back.
 
     python benchmarks/distill.py CHECKPOINT --learn text.txt --learn text-zh.txt --test held.txt --test held-zh.txt \\
-        --work FOLDER [--prune sparsegpt:0.5] [--point int4] [--samples 256] [--epochs 3] --out results.json
+        --work FOLDER [--prune sparsegpt:0.5] [--point int4] [--samples 256] [--epochs 3] [--batch 4] [--rate 0.0005] \\
+        [--hidden 10] --out results.json
 
 CHECKPOINT is compressed (GPTQ, --prune, int4 with a second plane, the package's calibration text), the artifact learns
 from CHECKPOINT on --learn (`haomiao distill`, PyTorch), and the engine measures both against CHECKPOINT at `full` on
@@ -69,10 +70,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--prune", default="sparsegpt:0.5")
     parser.add_argument("--point", help="train this point alone")
-    parser.add_argument("--divergence", default="forward")
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--divergence", help="forward or reverse")
+    for name, kind in (("samples", int), ("epochs", int), ("batch", int), ("rate", float), ("hidden", float)):
+        parser.add_argument(f"--{name}", type=kind, help="as of haomiao distill")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
@@ -88,9 +88,8 @@ def main() -> None:
         compress(open_source(args.checkpoint), before, recipe, encode=Tokenizer(args.checkpoint).encode)
     seconds = None
     if not after.exists():
-        settings = Distillation(
-            divergence=args.divergence, samples=args.samples, epochs=args.epochs, rate=args.rate, point=args.point
-        )
+        names = ("divergence", "samples", "epochs", "batch", "rate", "hidden", "point")
+        settings = Distillation(**{n: v for n in names if (v := getattr(args, n)) is not None})
         began = time.monotonic()
         models = open_starting(args.checkpoint), open_starting(str(before))
         report = distill(*models, after, settings, text=args.learn, device=args.device, threads=args.threads)

@@ -12,17 +12,18 @@ torch = pytest.importorskip("torch")
 
 from haomiao.cli.main import main  # noqa: E402
 from haomiao.errors import InputError  # noqa: E402
-from haomiao.kernels.pack import pack_int8, unpack, unpack_codes  # noqa: E402
+from haomiao.kernels.pack import pack_int8, pack_planes, unpack, unpack_codes  # noqa: E402
 from haomiao.kernels.packed import PackedTensor  # noqa: E402
 from haomiao.kernels.rtn import quantize_planes  # noqa: E402
 from haomiao.load.artifact import Artifact  # noqa: E402
 from haomiao.metrics.divergence import kl_divergence  # noqa: E402
 from haomiao.train.distill import Distillation, distill  # noqa: E402
+from haomiao.train.graph import Graph  # noqa: E402
 from haomiao.train.pretrain import pretrain  # noqa: E402
 from haomiao.train.rounding import UNIT, RoundedMatrix  # noqa: E402
 from haomiao.train.starting import open_starting  # noqa: E402
 from haomiao.train.students import with_layers  # noqa: E402
-from haomiao.train.teacher import Teacher, divergence  # noqa: E402
+from haomiao.train.teacher import Teacher, distance, divergence  # noqa: E402
 from tests.train.toy import training, write_data  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -60,8 +61,8 @@ def packed(kind: str) -> PackedTensor:
 def test_what_is_simulated_is_what_is_stored(kind: str) -> None:
     source = packed(kind)
     matrix = RoundedMatrix(source, CPU)
-    assert np.array_equal(matrix.weights("int4").detach().numpy(), unpack(source, "hi"))
     np.testing.assert_allclose(matrix.weights("int8").detach().numpy(), unpack(source), rtol=0, atol=1e-7)
+    assert np.array_equal(matrix.weights("int4").detach().numpy(), unpack(source, "hi"))
     assert np.array_equal(matrix.pack().hi, source.hi)
     random = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -72,6 +73,19 @@ def test_what_is_simulated_is_what_is_stored(kind: str) -> None:
     np.testing.assert_allclose(matrix.weights("int8").detach().numpy(), unpack(after), rtol=1e-6, atol=1e-6)
     assert (unpack_codes(after, "hi")[0] != unpack_codes(source, "hi")[0]).mean() > 0.05
     assert not unpack(after)[unpack(source) == 0].any()  # the mask
+
+
+def test_a_code_that_was_not_the_nearest_becomes_it() -> None:
+    """A solver may choose another `hi` and leave the rest to the fine plane; learning begins with the nearest."""
+    source = packed("overlapping")
+    (hi, scales), (both, _) = unpack_codes(source, "hi"), unpack_codes(source)
+    lo = both - hi * 8
+    moved = np.where((lo >= 0) & (hi < 7), 1, 0).astype(np.int16)
+    chosen = pack_planes(hi + moved, (lo - 8 * moved).astype(np.int8), scales, 32, 3)
+    assert np.array_equal(unpack(chosen), unpack(source)) and (moved != 0).mean() > 0.2
+    matrix = RoundedMatrix(chosen, CPU)
+    assert np.array_equal(matrix.weights("int8").detach().numpy(), unpack(source))
+    assert np.array_equal(matrix.weights("int4").detach().numpy(), unpack(source, "hi"))
 
 
 @pytest.mark.parametrize("point", ["int4", "int8"])
@@ -115,6 +129,39 @@ def test_a_teacher_is_asked_once(tmp_path: Path) -> None:
     expected = torch.log_softmax(logits / 2, -1)[[2, 0]].topk(5, dim=-1)
     assert (ids == expected.indices).all()
     np.testing.assert_allclose(logprobs.numpy(), expected.values.numpy(), rtol=2e-3)
+
+
+def test_distance_is_relative_and_a_mean() -> None:
+    ours, theirs = [torch.full((1, 2, 4), 1.5), torch.zeros(1, 2, 4)], [torch.ones(1, 2, 4), torch.full((1, 2, 4), 3.0)]
+    assert float(distance(ours, theirs)) == pytest.approx((0.25 + 1) / 2)
+    assert float(distance(theirs, theirs)) == 0
+
+
+def test_the_residual_stream_is_observed_without_changing_a_bit(folder: Path) -> None:
+    model = open_starting(str(folder / "run" / "model"))
+    plan = model.plan(16)
+    weights, graph = dict(model.weights(plan)), Graph(plan)
+    ids = torch.arange(32).reshape(2, 16)
+    logits, sums = graph.observed(weights, ids)
+    assert torch.equal(logits, graph.logits(weights, ids))
+    assert len(sums) == 2 * plan.layers and all(each.shape == (2, 16, plan.hidden_size) for each in sums)
+
+
+def test_hidden_states_come_closer_when_they_count(folder: Path, tmp_path: Path) -> None:
+    """With the same steps, a student that is told of them ends nearer to its teacher's residual stream."""
+    teacher, student = open_starting(str(folder / "run" / "model")), open_starting(str(folder / "small"))
+    plan = teacher.plan(32)
+    graph, ids = Graph(plan), torch.arange(64).reshape(2, 32)
+    _, theirs = graph.observed(dict(teacher.weights(plan)), ids)
+    found = {}
+    for hidden in (0.0, 10.0):
+        given = settings(hidden=hidden, epochs=2, point="int4")
+        out = tmp_path / f"out-{hidden}"
+        assert distill(teacher, student, out, given, text=[str(folder / "text.txt")], device="cpu", threads=1)
+        learnt = open_starting(str(out))
+        _, ours = graph.observed(dict(learnt.weights(learnt.plan(32))), ids)
+        found[hidden] = float(distance(ours, theirs))
+    assert found[10.0] < found[0.0]
 
 
 def test_a_pruned_artifact_recovers_and_stays_pruned(folder: Path, tmp_path: Path) -> None:
@@ -190,6 +237,10 @@ def test_models_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> Non
         distill(teacher, None, tmp_path / "out", settings(), device="cpu")
     with pytest.raises(InputError, match="--point is of a compressed student"):
         distill(teacher, teacher, tmp_path / "out", settings(point="int4"), device="cpu")
+    with pytest.raises(InputError, match="hidden compares"):
+        distill(teacher, None, tmp_path / "out", settings(layers=1, hidden=1.0), device="cpu")
+    models = ["--teacher", str(folder / "run" / "model"), "--student", str(folder / "small")]
+    assert main(["distill", *models, "-o", str(tmp_path / "out"), "--hidden", "-1"]) == 2
     assert not (tmp_path / "out").exists()
 
 

@@ -2,8 +2,8 @@
 
 STUDENT is an artifact of `haomiao compress` (then codes, scales and norms learn as they are stored, what was pruned
 stays pruned, and OUT is an artifact with its measured error), or a checkpoint with the teacher's vocabulary (then OUT
-is a Hugging Face directory). --layers N instead makes a student of N of the teacher's layers. The teacher is asked
-once; an interrupted run goes on with the same command. Needs PyTorch: pip install 'haomiao[torch]'.
+is a Hugging Face directory). --layers N instead makes a student of N of the teacher's layers. An interrupted run goes
+on with the same command. Needs PyTorch: pip install 'haomiao[torch]'.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from haomiao.progress import ProgressBar
 DIVERGENCES = ("forward", "reverse")
 POINTS = ("int8", "int4")
 SETTINGS = (
-    *("divergence", "temperature", "top_k", "epochs", "batch", "rate", "point", "layers"),
+    *("divergence", "temperature", "top_k", "epochs", "batch", "rate", "hidden", "point", "layers"),
     *("samples", "held", "length", "precision", "seed"),
 )
 
@@ -46,7 +46,8 @@ def configure(parser: ArgumentParser) -> None:
     )
     add("--epochs", type=options.positive, help="passes over the text (default 3)")
     add("--batch", type=options.positive, help="samples of a step (default 4)")
-    add("--rate", type=options.number, help="peak learning rate (default 0.002)")
+    add("--rate", type=options.number, help="peak learning rate (default 0.0005)")
+    add("--hidden", type=options.number, help="weight of the hidden states' distance (default: artifacts 10, else 0)")
     add("--precision", type=options.one_of(("f32", "bf16")), help="f32 (default), or bf16 by autocast")
     add("--device", type=options.one_of(("auto", "cpu", "cuda")), default="auto", help="auto, cpu or cuda")
     add("--threads", type=options.positive, help="of the CPU [HAOMIAO_THREADS]")
@@ -68,6 +69,8 @@ def run(args: Namespace) -> int:
     for name in ("rate", "temperature"):
         if given.get(name, 1.0) <= 0:
             raise InputError(f"--{name} must be above 0", param=name)
+    if given.get("hidden", 0.0) < 0:
+        raise InputError("--hidden must not be below 0", param="hidden")
 
     from haomiao.train.distill import Distillation, distill
     from haomiao.train.starting import open_starting

@@ -1,8 +1,9 @@
-"""Distillation: a student learns what its teacher says of a text, token by token.
+"""Distillation: a student learns what its teacher says of a text, token by token, and how it comes to say it.
 
-The teacher is asked once; its likeliest tokens are kept on disk. A compressed student is trained as it is stored, at
-its points in turn: masks are kept and rounding is part of the function; what was recovered is measured by the engine on
-text that was held out. `OUT.partial` holds what is done, so that the same command goes on.
+A compressed student is trained as it is stored, at its points in turn: masks are kept and rounding is part of the
+function. Its residual stream should be its teacher's too, which is asked again for every step; where only the last word
+counts, the teacher is asked once and its likeliest tokens are kept on disk. What was recovered is measured by the
+engine on text that was held out. `OUT.partial` holds what is done, so that the same command goes on.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from haomiao.train.settings import Schedule
 from haomiao.train.starting import Starting
 from haomiao.train.state import RunFolder
 from haomiao.train.students import Compressed, Smaller, Student
-from haomiao.train.teacher import Teacher, divergence
+from haomiao.train.teacher import Teacher, distance, divergence, likeliest
 from haomiao.types import F32
+
+USUAL_HIDDEN = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,9 @@ class Distillation:
     top_k: int = 64
     epochs: int = 3
     batch: int = 4
-    rate: float = 2e-3
+    rate: float = 5e-4
+    hidden: float | None = None
+    """Weight of the residual stream's distance beside the divergence; None: 10 for a compressed student, else 0."""
     point: str | None = None
     layers: int | None = None
     samples: int = 256
@@ -65,10 +70,11 @@ class Imitation:
         student: Student,
         samples: Samples,
         teachers: tuple[Teacher, Teacher],
+        live: Callable[[Tensor], tuple[Tensor, list[Tensor]]],
         settings: Distillation,
         device: torch.device,
     ) -> None:
-        self._student, self._settings, self._device = student, settings, device
+        self._student, self._settings, self._device, self._live = student, settings, device, live
         self._graph = Graph(student.plan)
         self._ids = samples.calibration.astype(np.int64), samples.held_out.astype(np.int64)
         self._teachers = teachers
@@ -82,17 +88,31 @@ class Imitation:
         order = np.random.Generator(np.random.Philox([self._settings.seed, epoch])).permutation(len(self._ids[0]))
         places = order[place * self._size : (place + 1) * self._size]
         points = self._student.points
-        loss = self._loss(places, 0, points[step % len(points)])
-        torch.autograd.backward(loss)
+        point = points[step % len(points)]
+        if not self._settings.hidden:
+            loss = self._loss(places, 0, point)
+            torch.autograd.backward(loss)
+            return loss.detach()
+        ids = torch.from_numpy(self._ids[0][places]).to(self._device)
+        with torch.no_grad(), precise(self._device, self._settings.precision):
+            logits, theirs = self._live(ids)
+            said = likeliest(logits, self._settings.top_k, self._settings.temperature)
+        with precise(self._device, self._settings.precision):
+            logits, ours = self._graph.observed(self._student.weights(point), ids)
+        loss = self._divergence(logits, said)
+        torch.autograd.backward(loss + self._settings.hidden * distance(ours, theirs))
         return loss.detach()
 
     def _loss(self, places: np.ndarray[Any, np.dtype[np.int64]], which: int, point: str) -> Tensor:
+        """Divergence from what the teacher said once."""
         ids = torch.from_numpy(self._ids[which][places]).to(self._device)
-        said = self._teachers[which].answers(places, self._device)
         with precise(self._device, self._settings.precision):
             logits = self._graph.logits(self._student.weights(point), ids)
-        settings = self._settings
-        return divergence(logits, *said, temperature=settings.temperature, reverse=settings.divergence == "reverse")
+        return self._divergence(logits, self._teachers[which].answers(places, self._device))
+
+    def _divergence(self, logits: Tensor, said: tuple[Tensor, Tensor]) -> Tensor:
+        reverse = self._settings.divergence == "reverse"
+        return divergence(logits, *said, temperature=self._settings.temperature, reverse=reverse)
 
     def validate(self) -> dict[str, float]:
         """Divergence on the held-out samples at every point that is trained; `loss` is their mean."""
@@ -136,6 +156,7 @@ def distill(
         length=settings.length,
     )
     learner = make_student(teacher, student, settings, where)
+    settings = dataclasses.replace(settings, hidden=_hidden(learner, teacher, settings))
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")
     identity = dataclasses.asdict(settings) | {
         "teacher": teacher.identity,
@@ -147,7 +168,7 @@ def distill(
         weights = {name: weight.to(where) for name, weight in teacher.weights(plan).items()}
         graph = Graph(plan)
         teachers = _ask(teacher, samples, partial, settings, lambda ids: graph.logits(weights, ids), where, tell)
-        task = Imitation(learner, samples, teachers, settings, where)
+        task = Imitation(learner, samples, teachers, lambda ids: graph.observed(weights, ids), settings, where)
         steps = settings.epochs * task.steps_of_epoch
         schedule = Schedule(steps=steps, schedule="cosine", warmup=min(steps - 1, steps // 20 + 1), floor=0.02)
         rhythm = Rhythm(
@@ -192,6 +213,16 @@ def make_student(teacher: Starting, student: Starting | None, settings: Distilla
     return Smaller(student, settings.length, None, device)
 
 
+def _hidden(learner: Student, teacher: Starting, settings: Distillation) -> float:
+    """What the residual stream counts for. Raises `InputError` if it is asked for and the models' differ in shape."""
+    plans = learner.plan, teacher.plan(settings.length)
+    alike = plans[0].hidden_size == plans[1].hidden_size and plans[0].layers == plans[1].layers
+    if settings.hidden and not alike:
+        raise InputError("hidden compares models of one width and as many layers", param="hidden")
+    usual = USUAL_HIDDEN if alike and isinstance(learner, Compressed) else 0.0
+    return usual if settings.hidden is None else settings.hidden
+
+
 def recovered(
     learner: Compressed, samples: Samples, said: Callable[[], Iterator[F32]], threads: int | None
 ) -> dict[str, Any]:
@@ -230,7 +261,9 @@ def _ask(
         about = f"{teacher.identity} {settings.top_k} {settings.temperature} {digest(ids)}"
         key = hashlib.sha256(about.encode()).hexdigest()[:16]
         asked = Teacher(folder, key, ids, settings.top_k, settings.temperature)
+        made.append(asked)
+        if settings.hidden and ids is samples.calibration:
+            continue  # asked at every step
         progress = None if tell is None else lambda done, total: tell("asking the teacher", done, total, "")
         asked.fill(logits, device, settings.batch, progress)
-        made.append(asked)
     return made[0], made[1]

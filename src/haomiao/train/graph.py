@@ -30,12 +30,22 @@ class Graph:
     def logits(self, weights: Weights, ids: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Token ids int64 [sequences, tokens] -> logits [sequences, tokens, vocab]; row i predicts token i + 1. With
         `wanted`, bool [sequences, tokens], the head is computed for those places alone: logits [places, vocab]."""
+        return self._logits(weights, ids, wanted, None)
+
+    def observed(self, weights: Weights, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits as above, and the residual stream [sequences, tokens, width] after every addition to it."""
+        sums: list[Tensor] = []
+        return self._logits(weights, ids, None, sums), sums
+
+    def _logits(self, weights: Weights, ids: Tensor, wanted: Tensor | None, sums: list[Tensor] | None) -> Tensor:
         *body, head = self.plan.ops
         if not isinstance(head, ops.Head):
             raise UnsupportedModelError(f"the plan of {self.plan.family} does not end with its head")
         buffers: dict[str, Tensor] = {}
         for op in body:
             self._apply(op, weights, buffers, ids)
+            if sums is not None and isinstance(op, ops.Add):
+                sums.append(buffers[op.target])
         hidden = buffers[head.source] if wanted is None else buffers[head.source][wanted]
         y = _linear(hidden, weights, head.weight, head.bias)
         if head.scale != 1.0:

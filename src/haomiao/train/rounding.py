@@ -1,14 +1,17 @@
 """A compressed matrix that learns: codes and scales as they will be stored, gradients straight through the rounding.
 
 The latent of a weight is its place on the grid of `hi` codes, w = scale * latent, so that both planes come from one
-number: `hi` is the latent rounded (where a solver chose another code than the nearest, its choice is the centre), `lo`
-what is left of it in steps of 2^-lo_shift. Rounding has the gradient of the identity (Bengio et al., arXiv:1308.3432);
-scales move by a factor exp(t). What is pruned (code zero in all planes) stays zero: a mask. Knows nothing about losses.
+number: `hi` is the latent rounded, `lo` what is left of it in steps of 2^-lo_shift. Where a solver had chosen another
+`hi` than the nearest to both planes, the nearest is taken: a choice that is held on to keeps `hi` from following its
+latent, and each point learns what the other does not feel (docs/LOG.md, "Half of what pruning lost"). Rounding has the
+gradient of the identity (Bengio et al., arXiv:1308.3432); scales move by a factor exp(t). What is pruned (code zero in
+all planes) stays zero: a mask. Knows nothing about losses.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,7 +19,13 @@ from haomiao.kernels.pack import pack_int8, pack_planes, unpack, unpack_codes, w
 from haomiao.kernels.packed import PackedTensor
 
 UNIT = 30.0
-"""Codes by which a latent moves when its parameter moves by one: a rate of 0.002 moves it by 0.06 codes a step."""
+"""Codes by which a latent moves when its parameter moves by one: a rate of 0.0005 moves it by 0.015 codes a step."""
+SPREAD = 5.0
+"""Share of themselves by which scales and vectors move then: 0.25 % a step. Few numbers that every token tells about
+may move faster than codes (docs/LOG.md)."""
+
+LEAST_SIZE = 1e-3
+"""Size of a vector of zeros, such as a bias that was never trained."""
 
 
 class RoundedMatrix:
@@ -31,7 +40,8 @@ class RoundedMatrix:
         if self.nested:
             both, _ = unpack_codes(packed)
             latent = torch.from_numpy(both.astype(np.float32)) * 2.0**-packed.lo_shift
-        self._centre = (hi - latent).to(device)
+        # a fine plane reaches from -8 to 7 steps: half a step more brings its middle to the code
+        self._shift = 0.5 * 2.0**-packed.lo_shift if self.nested else 0.0
         self._mask = ((hi != 0) | (latent != 0)).float().to(device)
         self._scales = scales.to(device)
         self._latent = latent.to(device)
@@ -70,19 +80,32 @@ class RoundedMatrix:
         return self._latent + UNIT * self.parameters["codes"]
 
     def _hi(self, latent: Tensor) -> Tensor:
-        return torch.round(latent.detach() + self._centre).clamp(self._least, self._most)
+        return torch.round(latent.detach() + self._shift).clamp(self._least, self._most)
 
     def _lo(self, latent: Tensor, hi: Tensor) -> Tensor:
         return torch.round((latent.detach() - hi) * 2.0**self.packed.lo_shift).clamp(-8, 7)
 
     def _rounded_scales(self) -> Tensor:
         """Scales as float16 holds them, [rows, groups]."""
-        scales = self._scales * torch.exp(self.parameters["scales"])
+        scales = self._scales * torch.exp(SPREAD * self.parameters["scales"])
         return scales + (scales.half().float() - scales).detach()
 
     def _spread(self) -> Tensor:
         spread = self._rounded_scales().repeat_interleave(self.packed.group, dim=1)
         return spread[:, : self.packed.cols]
+
+
+class MovedVector:
+    """A vector that learns, as it is stored: it moves by shares of its own size (root of the mean square)."""
+
+    def __init__(self, stored: npt.NDArray[np.float32], device: torch.device) -> None:
+        self._stored = torch.tensor(stored, device=device)
+        self._unit = SPREAD * max(float(self._stored.square().mean().sqrt()), LEAST_SIZE)
+        self.parameter = torch.zeros_like(self._stored).requires_grad_()
+
+    def value(self) -> Tensor:
+        """float32 [rows], with a gradient into the parameter."""
+        return self._stored + self._unit * self.parameter
 
 
 def fixed(packed: PackedTensor) -> Tensor:

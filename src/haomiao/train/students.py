@@ -16,7 +16,7 @@ from torch import Tensor
 from haomiao.errors import InputError
 from haomiao.load.artifact import Artifact, ArtifactWriter
 from haomiao.models.plan import Plan
-from haomiao.train.rounding import RoundedMatrix, fixed
+from haomiao.train.rounding import MovedVector, RoundedMatrix, fixed
 from haomiao.train.starting import Starting
 from haomiao.train.weights import write_checkpoint
 
@@ -49,12 +49,13 @@ class Compressed:
             raise InputError(f"the student offers {offered}: recovery needs int8 or int4", param="point")
         self.points = (point,) if point is not None else stored
         self._rounded: dict[str, RoundedMatrix] = {}
+        self._vectors: dict[str, MovedVector] = {}
         self._rest: dict[str, Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
         for spec in plan.weights.values():
             if spec.kind == "vector":
-                vector = torch.tensor(artifact.vectors[spec.name], device=device).requires_grad_()
-                self._rest[spec.name] = self.parameters[spec.name] = vector
+                self._vectors[spec.name] = vector = MovedVector(artifact.vectors[spec.name], device)
+                self.parameters[spec.name] = vector.parameter
                 continue
             packed = artifact.tensors[spec.name]
             if spec.role == "body" and packed.encoding in ("planes", "int8"):
@@ -65,7 +66,8 @@ class Compressed:
 
     def weights(self, point: str) -> Mapping[str, Tensor]:
         """As `point` reads them."""
-        return self._rest | {name: matrix.weights(point) for name, matrix in self._rounded.items()}
+        vectors = {name: vector.value() for name, vector in self._vectors.items()}
+        return self._rest | vectors | {name: matrix.weights(point) for name, matrix in self._rounded.items()}
 
     def write(self, out: Path, about: dict[str, Any], log: bytes) -> Path:
         """An artifact in the same encodings. Its old errors do not hold any more; the caller measures new ones."""
@@ -74,10 +76,11 @@ class Compressed:
         meta["provenance"] = meta["provenance"] | {"distilled": about}
         if errors is not None:
             meta["errors"] = errors
+        vectors = self.vectors()
         with ArtifactWriter(out) as writer:
             for spec in self.plan.weights.values():
                 if spec.kind == "vector":
-                    writer.add_vector(spec.name, self._rest[spec.name].detach().cpu().numpy())
+                    writer.add_vector(spec.name, vectors[spec.name])
                 elif spec.name in self._rounded:
                     writer.add_tensor(spec.name, self._rounded[spec.name].pack())
                 else:
@@ -94,8 +97,7 @@ class Compressed:
 
     def vectors(self) -> dict[str, Any]:
         """Every vector as it will be stored."""
-        specs = self.plan.weights.values()
-        return {s.name: self._rest[s.name].detach().cpu().numpy() for s in specs if s.kind == "vector"}
+        return {name: vector.value().detach().cpu().numpy() for name, vector in self._vectors.items()}
 
 
 class Smaller:

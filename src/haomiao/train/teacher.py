@@ -7,7 +7,7 @@ one, which is never more than the whole KL. Knows nothing about files' origin or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +44,9 @@ class Teacher:
             for begin in range(0, len(self._samples), batch):
                 rows = torch.from_numpy(self._samples[begin : begin + batch].astype(np.int64)).to(device)
                 with torch.no_grad():
-                    said = torch.log_softmax(logits(rows).float() / self.temperature, dim=-1)
-                    top = said.topk(self.k, dim=-1)
-                ids[begin : begin + batch] = top.indices.cpu().numpy()
-                logprobs[begin : begin + batch] = top.values.cpu().numpy().clip(-6e4)
+                    found, said = likeliest(logits(rows), self.k, self.temperature)
+                ids[begin : begin + batch] = found.cpu().numpy()
+                logprobs[begin : begin + batch] = said.cpu().numpy().clip(-6e4)
                 if progress is not None:
                     progress(min(begin + batch, len(self._samples)), len(self._samples))
             ids.flush()
@@ -70,6 +69,19 @@ def divergence(logits: Tensor, ids: Tensor, logprobs: Tensor, *, temperature: fl
     p, q = _with_rest(logprobs), _with_rest(said)
     kl = (q.exp() * (q - p) if reverse else p.exp() * (p - q)).sum(dim=-1)
     return kl.mean() * temperature**2
+
+
+def likeliest(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities of the k likeliest tokens, [samples, tokens, k]."""
+    top = torch.log_softmax(logits.float() / temperature, dim=-1).topk(k, dim=-1)
+    return top.indices, top.values
+
+
+def distance(sums: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    """How far a student's residual stream is from its teacher's: squared distance over the teacher's squared length,
+    mean over the places where it is looked at (SquareHead: Kurtic et al., arXiv:2310.06927, section 3)."""
+    each = [((ours - theirs) ** 2).sum() / (theirs**2).sum() for ours, theirs in zip(sums, teachers, strict=True)]
+    return torch.stack(each).mean()
 
 
 def _with_rest(logprobs: Tensor) -> Tensor:
