@@ -25,6 +25,7 @@ from haomiao.compress.export.compressed_tensors import check_target
 from haomiao.compress.text import Samples, read_texts, take_samples
 from haomiao.compress.workspace import digest
 from haomiao.errors import InputError
+from haomiao.models.plan import Add
 from haomiao.train.devices import precise, take_device
 from haomiao.train.graph import Graph
 from haomiao.train.loop import LOG, Loop, Rhythm, Tell
@@ -37,6 +38,7 @@ from haomiao.train.teacher import Teacher, distance, divergence, likeliest
 from haomiao.types import F32
 
 USUAL_HIDDEN = 10.0
+"""Of a compressed student (docs/LOG.md, "Half of what pruning lost")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Distillation:
     batch: int = 4
     rate: float = 5e-4
     hidden: float | None = None
-    """Weight of the residual stream's distance beside the divergence; None: 10 for a compressed student, else 0."""
+    """Weight of the residual stream's distance beside the divergence; None: `USUAL_HIDDEN`, or 0 for a checkpoint."""
     point: str | None = None
     layers: int | None = None
     samples: int = 256
@@ -215,10 +217,13 @@ def make_student(teacher: Starting, student: Starting | None, settings: Distilla
 
 def _hidden(learner: Student, teacher: Starting, settings: Distillation) -> float:
     """What the residual stream counts for. Raises `InputError` if it is asked for and the models' differ in shape."""
-    plans = learner.plan, teacher.plan(settings.length)
-    alike = plans[0].hidden_size == plans[1].hidden_size and plans[0].layers == plans[1].layers
+    shapes = [
+        (plan.hidden_size, sum(isinstance(op, Add) for op in plan.ops))
+        for plan in (learner.plan, teacher.plan(settings.length))
+    ]
+    alike = shapes[0] == shapes[1]
     if settings.hidden and not alike:
-        raise InputError("hidden compares models of one width and as many layers", param="hidden")
+        raise InputError("hidden compares models of one width and depth", param="hidden")
     usual = USUAL_HIDDEN if alike and isinstance(learner, Compressed) else 0.0
     return usual if settings.hidden is None else settings.hidden
 

@@ -20,10 +20,9 @@ from haomiao.kernels.packed import PackedTensor
 
 UNIT = 30.0
 """Codes by which a latent moves when its parameter moves by one: a rate of 0.0005 moves it by 0.015 codes a step."""
-SPREAD = 5.0
+SHARE = 5.0
 """Share of themselves by which scales and vectors move then: 0.25 % a step. Few numbers that every token tells about
 may move faster than codes (docs/LOG.md)."""
-
 LEAST_SIZE = 1e-3
 """Size of a vector of zeros, such as a bias that was never trained."""
 
@@ -87,7 +86,7 @@ class RoundedMatrix:
 
     def _rounded_scales(self) -> Tensor:
         """Scales as float16 holds them, [rows, groups]."""
-        scales = self._scales * torch.exp(SPREAD * self.parameters["scales"])
+        scales = self._scales * torch.exp(SHARE * self.parameters["scales"])
         return scales + (scales.half().float() - scales).detach()
 
     def _spread(self) -> Tensor:
@@ -100,7 +99,7 @@ class MovedVector:
 
     def __init__(self, stored: npt.NDArray[np.float32], device: torch.device) -> None:
         self._stored = torch.tensor(stored, device=device)
-        self._unit = SPREAD * max(float(self._stored.square().mean().sqrt()), LEAST_SIZE)
+        self._unit = SHARE * max(float(self._stored.square().mean().sqrt()), LEAST_SIZE)
         self.parameter = torch.zeros_like(self._stored).requires_grad_()
 
     def value(self) -> Tensor:
