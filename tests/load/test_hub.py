@@ -233,7 +233,8 @@ def test_nobody_listens(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
      "http://host/model", "org/model:", "org/model:a/b", "models--org--x", "x.gguf", "w.bin", "-rf", "org/.hidden",
      "毫秒"],
 )  # fmt: skip
-def test_what_is_not_an_id(name: str) -> None:
+def test_what_is_not_an_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no `../model` happens to be
     assert not hub.is_id(name)
     with pytest.raises(ModelNotFoundError):
         open_source(name)
